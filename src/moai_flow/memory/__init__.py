@@ -1,0 +1,92 @@
+"""Where a swarm of agents keeps its events, its registry, its memory and its metrics.
+
+Example:
+    >>> from moai_flow.memory import SwarmDB
+    >>> with SwarmDB(":memory:") as db:
+    ...     _ = db.store_memory("session-1", "context_hint", "language", "python")
+    ...     db.get_memory("session-1", "context_hint", "language")
+    'python'
+"""
+
+from moai_flow.memory.db import SwarmDB
+from moai_flow.memory.engine import Durability
+from moai_flow.memory.enums import (
+    AgentMetricType,
+    AgentMetricTypeLike,
+    AgentStatus,
+    AgentStatusLike,
+    EventType,
+    EventTypeLike,
+    MemoryType,
+    MemoryTypeLike,
+    SwarmMetricType,
+    SwarmMetricTypeLike,
+    TaskResult,
+    TaskResultLike,
+)
+from moai_flow.memory.errors import (
+    AgentNotFoundError,
+    BusyError,
+    ClosedError,
+    ConflictError,
+    CorruptDataError,
+    InvalidInputError,
+    SchemaError,
+    StorageError,
+    SwarmDBError,
+    TransactionError,
+)
+from moai_flow.memory.inputs import EventData
+from moai_flow.memory.models import (
+    AgentEvent,
+    AgentMetric,
+    EventCursor,
+    RegisteredAgent,
+    SchemaInfo,
+    SessionMemory,
+    SwarmMetric,
+    TaskMetric,
+)
+from moai_flow.memory.operations.maintenance import CheckReport, ForeignTime, UnlistedValue
+from moai_flow.memory.scope import RawConnection, RawCursor
+
+__all__ = [
+    "AgentEvent",
+    "AgentMetric",
+    "AgentMetricType",
+    "AgentMetricTypeLike",
+    "AgentNotFoundError",
+    "AgentStatus",
+    "AgentStatusLike",
+    "BusyError",
+    "CheckReport",
+    "ClosedError",
+    "ConflictError",
+    "CorruptDataError",
+    "Durability",
+    "EventCursor",
+    "EventData",
+    "EventType",
+    "EventTypeLike",
+    "ForeignTime",
+    "InvalidInputError",
+    "MemoryType",
+    "MemoryTypeLike",
+    "RawConnection",
+    "RawCursor",
+    "RegisteredAgent",
+    "SchemaError",
+    "SchemaInfo",
+    "SessionMemory",
+    "StorageError",
+    "SwarmDB",
+    "SwarmDBError",
+    "SwarmMetric",
+    "SwarmMetricType",
+    "SwarmMetricTypeLike",
+    "TaskMetric",
+    "TaskResult",
+    "TaskResultLike",
+    "TransactionError",
+    "UnlistedValue",
+]

@@ -1,0 +1,145 @@
+"""The facade: one object that opens the database and offers everything that `operations` can do."""
+
+import os
+import weakref
+from collections.abc import Callable
+from datetime import datetime
+from types import TracebackType
+from typing import Self, cast
+
+from sqlalchemy import Engine
+from sqlalchemy.engine import URL
+
+from moai_flow.memory import inputs
+from moai_flow.memory.connections import Connections
+from moai_flow.memory.engine import Durability, create, locate, locate_engine
+from moai_flow.memory.errors import InvalidInputError
+from moai_flow.memory.migrations import bring_up_to_date
+from moai_flow.memory.operations.agents import AgentOperations
+from moai_flow.memory.operations.events import EventOperations
+from moai_flow.memory.operations.maintenance import MaintenanceOperations
+from moai_flow.memory.operations.memory import MemoryOperations
+from moai_flow.memory.operations.metrics import MetricOperations
+from moai_flow.memory.scope import RawConnection, translating
+from moai_flow.memory.statements import Programs
+from moai_flow.memory.types import utc_now
+
+#: How many idle connections stay open: enough for the threads of one program, few where the pool is the caller's.
+_KEPT, _KEPT_OF_CALLER = 16, 2
+
+#: SQLite counts the busy timeout in milliseconds, in 32 bits.
+_LONGEST_TIMEOUT = 2_147_483
+
+
+class SwarmDB(EventOperations, AgentOperations, MemoryOperations, MetricOperations, MaintenanceOperations):
+    """Everything a swarm remembers, behind one object.
+
+    One object serves all threads of a process. After a fork the child uses it on, with connections of its own. As a
+    context manager it closes itself.
+
+    Example:
+        >>> with SwarmDB(":memory:") as db:
+        ...     agent = db.register_agent("agent-1", "expert-backend")
+        ...     db.update_agent_status("agent-1", "running").status
+        <AgentStatus.RUNNING: 'running'>
+    """
+
+    def __init__(
+        self,
+        db_path: str | os.PathLike[str] | None = None,
+        *,
+        url: str | URL | None = None,
+        engine: Engine | None = None,
+        durability: Durability = "normal",
+        busy_timeout: float = 30.0,
+        clock: Callable[[], datetime] = utc_now,
+    ) -> None:
+        """Open the database, and make it if it does not exist.
+
+        A database of an older program is brought to this version first, and a copy of its file is left beside it as
+        ``<file>.<old version>.bak``.
+
+        Args:
+            db_path: Its file, or ``":memory:"`` for one that lives as long as this object. Default: the environment's
+                ``SWARMDB_URL`` or ``MOAI_DB_PATH``, else ``.moai/memory/swarm.db`` under the current directory.
+            url: An SQLAlchemy URL instead, such as ``sqlite:///swarm.db``.
+            engine: An SQLAlchemy engine instead. It keeps its own settings, gets no listeners, and is not disposed.
+            durability: What an acknowledged write survives: ``"normal"`` a crash of the program, ``"full"`` a power
+                loss as well, for the price of a disk flush at each commit.
+            busy_timeout: How long a call waits for another writer, in seconds, before it raises `BusyError`.
+            clock: Returns the present moment, aware of its zone. For tests.
+
+        Raises:
+            InvalidInputError: If a parameter can't be accepted, or more than one says where the database is.
+            SchemaError: If the database is of a newer version, or has tables of these names that are not SwarmDB's.
+            BusyError: If another program keeps the database locked for longer than *busy_timeout*.
+            StorageError: If the file can't be opened, is no database, or can't be brought up to date.
+        """
+        places = {"db_path": db_path, "url": url, "engine": engine}
+        given = [name for name, place in places.items() if place is not None]
+        for extra in given[1:]:
+            raise InvalidInputError(extra, places[extra], f"nothing, since {given[0]} says where the database is")
+        if durability not in ("normal", "full"):
+            raise InvalidInputError("durability", durability, "one of 'normal', 'full'")
+        busy_timeout = inputs.number(busy_timeout, field="busy_timeout")
+        if not 0 <= busy_timeout <= _LONGEST_TIMEOUT:
+            raise InvalidInputError("busy_timeout", busy_timeout, f"seconds from 0 to {_LONGEST_TIMEOUT}")
+        self._clock = clock
+        self._location = locate(db_path, url) if engine is None else locate_engine(engine)
+        where = str(self._location)
+        in_memory = self._location.path is None
+        if engine is None:
+            own = create(self._location, durability=durability, busy_timeout=busy_timeout)
+            self._connections = Connections(own, where, kept=_KEPT, anchored=in_memory)
+        else:
+            self._connections = Connections(engine, where, kept=_KEPT_OF_CALLER)
+        # Runs at close(), when nobody uses the object any more, or when the interpreter ends, whichever comes first.
+        self._finalizer = weakref.finalize(self, self._connections.close)
+        held = self._connections.take()
+        self._programs = Programs(held.connection.dialect)
+        try:
+            with translating(where):
+                bring_up_to_date(held, self._location, wal_wait=busy_timeout if engine is None else None)
+        except BaseException:
+            held.discard()
+            self.close()
+            raise
+        self._connections.give(held)
+
+    def _get_connection(self) -> RawConnection:
+        """Return this thread's own driver connection, in the driver's own implicit transaction mode.
+
+        It is for reading with raw SQL, and for programs that were written for it; `transaction` is the better door.
+        It is the same at each call. Inside a transaction it is the transaction's. What it has not committed when the
+        thread dies is rolled back, and domain methods refuse to write beside what it has not committed.
+
+        Returns:
+            The connection. On SQLite it is a `sqlite3.Connection` with `sqlite3.Row` rows.
+
+        Raises:
+            StorageError: If the database can't be opened.
+            ClosedError: After `close`.
+        """
+        block = self._own_block()
+        return cast(RawConnection, self._connections.pinned() if block is None else block.held.raw)
+
+    def close(self) -> None:
+        """Close the database. Calls that other threads have under way end as they would; later ones are refused.
+
+        A second call does nothing. Transactions that are open end as they would, too.
+        """
+        self._finalizer()
+
+    def __enter__(self) -> Self:
+        """Return the database itself."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """Close the database."""
+        self.close()
+
+    def __repr__(self) -> str:
+        state = ", closed" if self._connections.closed else ""
+        return f"{type(self).__name__}({str(self._location)!r}{state})"

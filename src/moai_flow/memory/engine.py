@@ -1,0 +1,137 @@
+"""From where the caller wants the database to an SQLAlchemy engine with the right pragmas."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+from urllib.parse import unquote
+from uuid import uuid4
+
+from sqlalchemy import Engine, NullPool, SingletonThreadPool, StaticPool, create_engine, event, make_url
+from sqlalchemy.engine import URL
+from sqlalchemy.exc import ArgumentError
+
+from moai_flow.memory.errors import InvalidInputError, StorageError
+
+#: Where the database is if nothing says otherwise, under the current directory.
+DEFAULT_PATH = Path(".moai/memory/swarm.db")
+
+#: ``normal`` survives a crash of the program, ``full`` also a power loss.
+Durability: TypeAlias = Literal["normal", "full"]
+_SYNCHRONOUS: Mapping[str, str] = {"normal": "PRAGMA synchronous = NORMAL", "full": "PRAGMA synchronous = FULL"}
+
+_MEMORY_NAMES = frozenset({"", ":memory:"})
+
+
+@dataclass(frozen=True)
+class Location:
+    """Where a database is.
+
+    Attributes:
+        url: The SQLAlchemy URL that reaches it.
+        path: Its file, absolute; None if it is in memory.
+    """
+
+    url: URL
+    path: Path | None
+
+    def __str__(self) -> str:
+        return ":memory:" if self.path is None else str(self.path)
+
+
+def locate(db_path: str | os.PathLike[str] | None, url: str | URL | None) -> Location:
+    """Return where the database is: as the caller says, or else the environment, or else `DEFAULT_PATH`.
+
+    Raises:
+        InvalidInputError: If the path or the URL can't name an SQLite database.
+    """
+    if db_path is None and url is None:
+        if found := os.environ.get("SWARMDB_URL"):
+            return _from_url(found, "SWARMDB_URL")
+        if found := os.environ.get("MOAI_DB_PATH"):
+            return _from_path(found, "MOAI_DB_PATH")
+        return _from_path(DEFAULT_PATH, "db_path")
+    if url is not None:
+        return _from_url(url, "url")
+    assert db_path is not None
+    return _from_path(db_path, "db_path")
+
+
+def _from_path(db_path: str | os.PathLike[str], field: str) -> Location:
+    try:
+        name = os.fspath(db_path)
+    except TypeError:
+        raise InvalidInputError(field, db_path, "a str or a Path") from None
+    if not isinstance(name, str) or not name or "\0" in name:
+        raise InvalidInputError(field, db_path, "the path of a file, or ':memory:'")
+    if name == ":memory:":
+        return _in_memory()
+    path = Path(name).expanduser().absolute()
+    if path.is_dir():
+        raise InvalidInputError(field, name, "the path of a file, not of a folder")
+    return Location(URL.create("sqlite", database=str(path)), path)
+
+
+def _from_url(url: str | URL, field: str) -> Location:
+    accepted = "an SQLAlchemy URL for SQLite, such as 'sqlite:///swarm.db'"
+    try:
+        parsed = make_url(url)
+    except ArgumentError:
+        raise InvalidInputError(field, url, accepted) from None
+    if parsed.drivername not in ("sqlite", "sqlite+pysqlite"):
+        raise InvalidInputError(field, parsed.render_as_string(), accepted)
+    database = parsed.database or ""
+    if database in _MEMORY_NAMES:
+        return _in_memory()
+    if database.startswith("file:"):
+        if parsed.query.get("mode") == "memory" or "vfs" in parsed.query:
+            raise InvalidInputError(field, str(url), f"{accepted}, or 'sqlite://' for one in memory")
+        path = Path(unquote(database.removeprefix("file:"))).absolute()
+        return Location(parsed.update_query_dict({"uri": "true"}), path)
+    return _from_path(database, field)
+
+
+def _in_memory() -> Location:
+    # Every connection to the same name sees the same database, which lives as long as one of them is open.
+    return Location(URL.create("sqlite", database=f"file:/{uuid4()}", query={"vfs": "memdb", "uri": "true"}), None)
+
+
+def locate_engine(engine: Engine) -> Location:
+    """Return where a caller's own *engine* leads.
+
+    Raises:
+        InvalidInputError: If it is not for SQLite, or hands the same connection to several users at once.
+    """
+    if engine.dialect.name != "sqlite":
+        raise InvalidInputError("engine", engine, "an engine for SQLite")
+    if isinstance(engine.pool, StaticPool | SingletonThreadPool):
+        raise InvalidInputError(
+            "engine", engine, "an engine whose pool gives each user a connection; db_path=':memory:' for one in memory"
+        )
+    return replace(locate(None, engine.url), url=engine.url)
+
+
+def create(location: Location, *, durability: Durability, busy_timeout: float) -> Engine:
+    """Return an engine for *location*, whose folder is made if it is missing.
+
+    Raises:
+        StorageError: If the folder can't be made.
+    """
+    if location.path is not None and "uri" not in location.url.query:
+        try:
+            location.path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise StorageError(f"{location}: its folder can't be made: {error}") from error
+    # Connections are kept by `connections`; they move between threads, one at a time.
+    engine = create_engine(
+        location.url, poolclass=NullPool, connect_args={"timeout": busy_timeout, "check_same_thread": False}
+    )
+    synchronous = _SYNCHRONOUS[durability]
+
+    @event.listens_for(engine, "connect")
+    def set_pragmas(raw: Any, record: object) -> None:
+        raw.execute("PRAGMA foreign_keys = ON")
+        raw.execute(synchronous)
+
+    return engine

@@ -1,0 +1,318 @@
+"""Bringing a file of an older program, or an empty one, to this version: once, under the write lock, all or nothing."""
+
+import os
+import re
+import sqlite3
+import time
+from bisect import bisect_left
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import (
+    Column,
+    ColumnElement,
+    Connection,
+    Text,
+    and_,
+    bindparam,
+    func,
+    not_,
+    null,
+    select,
+    type_coerce,
+    update,
+)
+
+from moai_flow.memory.connections import Held
+from moai_flow.memory.engine import Location
+from moai_flow.memory.errors import BusyError, ConflictError, SchemaError, StorageError
+from moai_flow.memory.models import (
+    TABLES,
+    AgentEvent,
+    Record,
+    RegisteredAgent,
+    SessionMemory,
+    columns,
+    rowid_column,
+    table_of,
+)
+from moai_flow.memory.statements import Program, Statement
+from moai_flow.memory.types import ISOText, UTCDateTime, decode_time, encode_iso, utc_now
+
+#: The version of the schema that this package reads and writes.
+VERSION = "2.1.0"
+
+_READ_VERSION = "SELECT value FROM schema_info WHERE key = 'version'"
+_CHUNK = 10_000
+
+
+def read_version(raw: sqlite3.Connection) -> str | None:
+    """Return the version that the database says it has, or None if it says none."""
+    try:
+        row = raw.execute(_READ_VERSION).fetchone()
+    except sqlite3.OperationalError as error:
+        if error.sqlite_errorcode != sqlite3.SQLITE_ERROR:  # Anything but a missing table or column.
+            raise
+        return None
+    return None if row is None else str(row[0])
+
+
+def bring_up_to_date(held: Held, location: Location, *, wal_wait: float | None) -> None:
+    """Bring the database to `VERSION`. One that has it already is only read, without a lock.
+
+    Args:
+        held: An open connection to it.
+        location: Where it is.
+        wal_wait: How long, in seconds, to try to switch its file to WAL; None leaves the journal to its owner.
+
+    Raises:
+        SchemaError: If the database is of a newer version, or one of its tables is not what its name says.
+        BusyError: If another program keeps it locked for longer than *wal_wait*.
+        StorageError: If the copy that is made of an older file can't be written.
+    """
+    raw = held.raw
+    _check_known(read_version(raw), location)
+    if location.path is not None and wal_wait is not None:
+        _use_write_ahead_log(raw, location, wal_wait)
+    if read_version(raw) == VERSION:
+        return
+    with held.connection.begin():
+        raw.execute("BEGIN IMMEDIATE")
+        version = read_version(raw)
+        if version != VERSION:  # Nobody did it while this process waited for the lock.
+            _check_known(version, location)
+            _migrate(held, location, version)
+
+
+def time_columns() -> Iterator[tuple[type[Record], Column[Any]]]:
+    """Yield every column that holds a time as text."""
+    for model in TABLES:
+        for column in columns(model):
+            if isinstance(column.type, ISOText | UTCDateTime):
+                yield model, column
+
+
+def unnormalised(column: Column[Any]) -> ColumnElement[bool]:
+    """Return the condition for rows whose time is text, but not as this version writes it."""
+    stored = type_coerce(column, Text)
+    patterns = [_GLOB_ISO] if isinstance(column.type, ISOText) else [_GLOB_SECONDS, _GLOB_FRACTION]
+    return and_(func.typeof(column) == "text", *(not_(stored.bool_op("GLOB")(pattern)) for pattern in patterns))
+
+
+def _check_known(version: str | None, location: Location) -> None:
+    if version is None or version == VERSION:
+        return
+    if not re.fullmatch(r"\d+\.\d+\.\d+", version):
+        raise SchemaError(f"{location}: its schema version is {version!r}, which is none of SwarmDB's")
+    if _as_numbers(version) > _as_numbers(VERSION):
+        raise SchemaError(
+            f"{location}: its schema version is {version}, and this package knows {VERSION} at most; "
+            "upgrade moai-flow-memory to open it"
+        )
+
+
+def _as_numbers(version: str) -> list[int]:
+    return [int(part) for part in version.split(".")]
+
+
+def _use_write_ahead_log(raw: sqlite3.Connection, location: Location, wait: float) -> None:
+    """Switch the file to WAL, where readers and a writer don't wait for each other. The file remembers it."""
+    if raw.execute("PRAGMA journal_mode").fetchone()[0] == "wal":
+        return
+    # This one statement does not wait by itself while somebody else has the file.
+    deadline = time.monotonic() + wait
+    while True:
+        try:
+            raw.execute("PRAGMA journal_mode = WAL").fetchone()
+            return
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorcode & 0xFF not in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
+                raise
+            if time.monotonic() > deadline:
+                raise BusyError(f"{location}: another program keeps the file locked: {error}") from error
+        time.sleep(0.01)
+
+
+def _migrate(held: Held, location: Location, version: str | None) -> None:
+    raw: sqlite3.Connection = held.raw
+    present = {name for (name,) in raw.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+    adopted = [model for model in TABLES if str(model.__tablename__) in present]
+    for model in adopted:
+        _check_columns(raw, model, location)
+    if adopted and location.path is not None:
+        _copy_aside(location.path, version or "unversioned")
+    Record.metadata.create_all(held.connection, checkfirst=True)
+    for model in adopted:
+        for index in table_of(model).indexes:
+            index.create(held.connection, checkfirst=True)
+    if adopted:
+        _normalise_times(held)
+    now = encode_iso(utc_now())
+    upsert = "INSERT INTO schema_info (key, value, updated_at) VALUES (?, ?, ?) ON CONFLICT (key) DO "
+    raw.execute(
+        upsert + "UPDATE SET value = excluded.value, updated_at = excluded.updated_at", ("version", VERSION, now)
+    )
+    # Whether rows may one day be removed unasked: never from a file whose owner did not expect it.
+    raw.execute(upsert + "NOTHING", ("retention", "off" if adopted else "default", now))
+
+
+def _check_columns(raw: sqlite3.Connection, model: type[Record], location: Location) -> None:
+    table = str(model.__tablename__)
+    present = {row[1] for row in raw.execute(f"PRAGMA table_info({table})")}
+    missing = [column.name for column in columns(model) if column.name not in present]
+    if missing:
+        raise SchemaError(
+            f"{location}: its table {table} has no column {', '.join(missing)}, so it is not SwarmDB's; "
+            "keep SwarmDB in a file of its own"
+        )
+
+
+def _copy_aside(path: Path, version: str) -> None:
+    """Copy the file to ``<file>.<version>.bak``, unless that exists: an earlier copy is never overwritten."""
+    target = path.with_name(f"{path.name}.{version}.bak")
+    if target.exists():
+        return
+    unfinished = path.with_name(f"{target.name}.{os.getpid()}.tmp")
+    try:
+        # Through a connection of its own: it reads what is committed, whatever journal the file uses.
+        with closing(sqlite3.connect(path)) as source, closing(sqlite3.connect(unfinished)) as copy:
+            source.backup(copy)
+        unfinished.replace(target)
+    except (sqlite3.Error, OSError) as error:
+        raise StorageError(f"{path}: the copy to {target} that comes before the migration failed: {error}") from error
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+# Times of older programs
+
+
+def _glob(example: str) -> str:
+    return example.replace("0", "[0-9]")
+
+
+_GLOB_SECONDS = _glob("0000-00-00 00:00:00")
+_GLOB_FRACTION = _glob("0000-00-00 00:00:00.000000")
+_GLOB_ISO = _glob("0000-00-00T00:00:00.000000") + "+00:00"
+
+_QUARTER = timedelta(minutes=15)
+_TOLERANCE = timedelta(seconds=5)
+_WEST, _EAST = timedelta(hours=-12), timedelta(hours=14)
+
+# What stands beside a writer's local time and says the same moment in UTC.
+_REFERENCES: dict[Column[Any], ColumnElement[Any]] = {
+    table_of(AgentEvent).c.timestamp: type_coerce(table_of(AgentEvent).c.created_at, Text),
+    table_of(SessionMemory).c.timestamp: type_coerce(table_of(SessionMemory).c.created_at, Text),
+    table_of(RegisteredAgent).c.last_updated: func.coalesce(
+        table_of(RegisteredAgent).c.complete_time, table_of(RegisteredAgent).c.spawn_time
+    ),
+}
+
+
+@dataclass(frozen=True)
+class _Zones:
+    """Which offset from UTC the writers of a file had, by their local time."""
+
+    moments: list[datetime]
+    offsets: list[timedelta]
+
+    def nearest(self, local: datetime) -> timedelta | None:
+        """Return the offset of the row whose local time is nearest to *local*, or None if no row tells."""
+        if not self.moments:
+            return None
+        after = bisect_left(self.moments, local)
+        candidates = range(max(after - 1, 0), min(after + 1, len(self.moments)))
+        return self.offsets[min(candidates, key=lambda index: abs(self.moments[index] - local))]
+
+
+def _normalise_times(held: Held) -> None:
+    """Rewrite every time as UTC in this version's format. What is no time at all stays, for `check` to name."""
+    zones = _find_zones(held.connection)
+    for model, column in time_columns():
+        statement = Statement(
+            update(table_of(model)).where(rowid_column == bindparam("rowid_")).values({column: bindparam("moment")})
+        )
+        program = Program(statement, held.connection.dialect)
+        for rowid, stored, beside in _in_chunks(held.connection, column):
+            moment = _moment(stored, beside, zones)
+            if moment is not None:
+                _store(held.raw, program, rowid, moment)
+
+
+def _moment(stored: str, beside: Any, zones: _Zones) -> datetime | None:
+    """Return what a *stored* time means, or None if it is none."""
+    local = _local_time(stored)
+    offset = None
+    if local is not None:
+        offset = _offset(local, beside)
+        offset = zones.nearest(local) if offset is None else offset
+    try:
+        return decode_time(stored) if local is None or offset is None else (local - offset).replace(tzinfo=UTC)
+    except (ValueError, OverflowError):
+        return None
+
+
+def _store(raw: sqlite3.Connection, program: Program, rowid: int, moment: datetime) -> None:
+    while True:
+        try:
+            program.execute(raw, program.bind({"rowid_": rowid, "moment": moment}))
+        except ConflictError:
+            # Another metric of the task has this time in its key: take the next free one, as an insert would.
+            moment += timedelta(microseconds=1)
+        else:
+            return
+
+
+def _find_zones(connection: Connection) -> _Zones:
+    # One sample an hour is plenty, and keeps this small for any file.
+    samples: dict[datetime, tuple[datetime, timedelta]] = {}
+    for column in _REFERENCES:
+        for _, stored, beside in _in_chunks(connection, column):
+            local = _local_time(stored)
+            if local is not None and (offset := _offset(local, beside)) is not None:
+                samples[local.replace(minute=0, second=0, microsecond=0)] = (local, offset)
+    ordered = [samples[hour] for hour in sorted(samples)]
+    return _Zones([local for local, _ in ordered], [offset for _, offset in ordered])
+
+
+def _in_chunks(connection: Connection, column: Column[Any]) -> Iterator[tuple[int, str, Any]]:
+    """Yield rowid, stored time and reference of what is not normalised. Rows may be changed in between."""
+    last = -(2**63)
+    while True:
+        rows = connection.execute(
+            select(rowid_column, type_coerce(column, Text), _REFERENCES.get(column, null()))
+            .select_from(column.table)
+            .where(unnormalised(column), rowid_column > last)
+            .order_by(rowid_column)
+            .limit(_CHUNK)
+        ).all()
+        if not rows:
+            return
+        yield from (tuple(row) for row in rows)
+        last = rows[-1][0]
+
+
+def _local_time(stored: str) -> datetime | None:
+    """Return *stored* as a naive local time, or None if it is not one."""
+    try:
+        moment = datetime.fromisoformat(stored)
+    except ValueError:
+        return None
+    return moment if moment.tzinfo is None and stored[10:11] == "T" else None
+
+
+def _offset(local: datetime, beside: Any) -> timedelta | None:
+    """Return how far *local* is from the moment *beside* it, if that is an offset that a zone can have."""
+    if isinstance(beside, str) and _local_time(beside) is not None:
+        return None  # A local time itself, which says nothing.
+    try:
+        moment = datetime.fromtimestamp(beside, UTC) if isinstance(beside, float) else decode_time(str(beside))
+    except (ValueError, OverflowError, OSError):
+        return None
+    apart = local - moment.replace(tzinfo=None)
+    offset = round(apart / _QUARTER) * _QUARTER
+    return offset if abs(apart - offset) <= _TOLERANCE and _WEST <= offset <= _EAST else None

@@ -1,0 +1,1 @@
+"""What a store can do, a module a subject. They share the scope, and never call each other."""

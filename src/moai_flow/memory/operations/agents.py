@@ -1,0 +1,219 @@
+"""The registry: each agent's present state."""
+
+from collections.abc import Iterable
+from functools import cache
+from typing import Any
+
+from sqlalchemy import bindparam, delete, func, or_, select, update
+from sqlalchemy.dialects.sqlite import insert
+from sqlmodel import col
+
+from moai_flow.memory import inputs
+from moai_flow.memory.enums import ACTIVE_STATUSES, AgentStatus, AgentStatusLike
+from moai_flow.memory.errors import AgentNotFoundError, InvalidInputError
+from moai_flow.memory.models import RegisteredAgent, table_of
+from moai_flow.memory.scope import Scope
+from moai_flow.memory.statements import Query, Statement
+
+_AGENTS = table_of(RegisteredAgent)
+
+NEWEST_SPAWN_FIRST = (col(RegisteredAgent.spawn_time).desc(), col(RegisteredAgent.agent_id).desc())
+
+_INSERT = insert(_AGENTS).values({column: bindparam(column.name) for column in _AGENTS.columns})
+_REGISTER = Query(
+    RegisteredAgent,
+    _INSERT.on_conflict_do_update(
+        index_elements=[_AGENTS.c.agent_id],
+        set_={column.name: _INSERT.excluded[column.name] for column in _AGENTS.columns if not column.primary_key},
+    ).returning(*_AGENTS.columns),
+)
+_UPDATE = update(_AGENTS).where(_AGENTS.c.agent_id == bindparam("agent"))
+_FINISH = Query(
+    RegisteredAgent,
+    _UPDATE.values(
+        status=bindparam("status"),
+        complete_time=bindparam("complete_time"),
+        duration_ms=func.coalesce(bindparam("duration_ms"), _AGENTS.c.duration_ms),
+        last_updated=bindparam("last_updated"),
+    ).returning(*_AGENTS.columns),
+)
+_RESUME = Query(
+    RegisteredAgent,
+    _UPDATE.values(
+        status=bindparam("status"), complete_time=None, duration_ms=None, last_updated=bindparam("last_updated")
+    ).returning(*_AGENTS.columns),
+)
+_BY_ID = Query(RegisteredAgent, select(_AGENTS).where(_AGENTS.c.agent_id == bindparam("agent_id")))
+_ACTIVE = Query(
+    RegisteredAgent,
+    select(_AGENTS)
+    .where(or_(*(_AGENTS.c.status == status for status in sorted(ACTIVE_STATUSES))))
+    .order_by(*NEWEST_SPAWN_FIRST),
+)
+_DELETE = Statement(delete(_AGENTS).where(_AGENTS.c.agent_id == bindparam("agent_id")))
+
+
+@cache
+def _filtered(names: frozenset[str]) -> Query[RegisteredAgent]:
+    conditions: Iterable[Any] = (_AGENTS.c[name] == bindparam(name) for name in sorted(names))
+    return Query(RegisteredAgent, select(_AGENTS).where(*conditions).order_by(*NEWEST_SPAWN_FIRST))
+
+
+class AgentOperations(Scope):
+    """Registering agents, and following their state."""
+
+    def register_agent(
+        self,
+        agent_id: str,
+        agent_type: str,
+        status: AgentStatusLike = "spawned",
+        metadata: dict[str, Any] | None = None,
+    ) -> RegisteredAgent:
+        """Register an agent, now.
+
+        An id that is registered already is a respawn: it starts afresh, with a new spawn time, this metadata, and
+        without completion time and duration.
+
+        Args:
+            agent_id: The agent's id.
+            agent_type: What kind of agent it is.
+            status: The state that it starts in.
+            metadata: A JSON object to keep with it.
+
+        Returns:
+            The agent as registered.
+
+        Raises:
+            InvalidInputError: If a value can't be accepted.
+            BusyError: If another writer keeps the database for longer than the busy timeout.
+            StorageError: If the database can't be written.
+            ClosedError: After `close`.
+        """
+        now = self._clock()
+        state = inputs.parse(AgentStatus, status, field="status")
+        row = {
+            "agent_id": inputs.text(agent_id, field="agent_id"),
+            "agent_type": inputs.text(agent_type, field="agent_type"),
+            "status": state,
+            "spawn_time": now.timestamp(),
+            "complete_time": None if state.is_active else now.timestamp(),
+            "duration_ms": None,
+            "metadata": inputs.json_object(metadata, field="metadata"),
+            "last_updated": now,
+        }
+        (agent,) = self._write_returning(_REGISTER, row)
+        return agent
+
+    def update_agent_status(
+        self, agent_id: str, status: AgentStatusLike, duration_ms: int | None = None
+    ) -> RegisteredAgent:
+        """Set an agent's state, now.
+
+        ``complete`` and ``error`` set its completion time. ``spawned`` and ``running`` clear it, and its duration.
+
+        Args:
+            agent_id: The agent's id.
+            status: Its new state.
+            duration_ms: How long it took, in milliseconds, with ``complete`` or ``error``. Left out, a duration that
+                was given earlier stays.
+
+        Returns:
+            The agent as it is now.
+
+        Raises:
+            AgentNotFoundError: If no agent is registered under the id.
+            InvalidInputError: If a value can't be accepted, or a duration comes with a state that is no end.
+            BusyError: If another writer keeps the database for longer than the busy timeout.
+            CorruptDataError: If another value in the agent's row can't be decoded. The new state is written.
+            StorageError: If the database can't be written.
+            ClosedError: After `close`.
+        """
+        now = self._clock()
+        state = inputs.parse(AgentStatus, status, field="status")
+        row = {"agent": inputs.text(agent_id, field="agent_id"), "status": state, "last_updated": now}
+        if not state.is_active:
+            duration = inputs.whole_or_none(duration_ms, field="duration_ms")
+            updated = self._write_returning(_FINISH, {**row, "complete_time": now.timestamp(), "duration_ms": duration})
+        elif duration_ms is None:
+            updated = self._write_returning(_RESUME, row)
+        else:
+            raise InvalidInputError(
+                "duration_ms", duration_ms, f"None, since an agent that is {state.value} has not ended"
+            )
+        if not updated:
+            raise AgentNotFoundError(agent_id)
+        return updated[0]
+
+    def get_agent(self, agent_id: str) -> RegisteredAgent | None:
+        """Return an agent, or None if none is registered under this id.
+
+        Args:
+            agent_id: The agent's id.
+
+        Returns:
+            The agent as it is now. The object does not follow later changes.
+
+        Raises:
+            InvalidInputError: If *agent_id* is no text.
+            CorruptDataError: If a stored value can't be decoded.
+            StorageError: If the database can't be read.
+            ClosedError: After `close`.
+        """
+        found = self._rows(_BY_ID, {"agent_id": inputs.text(agent_id, field="agent_id")})
+        return found[0] if found else None
+
+    def get_active_agents(self) -> list[RegisteredAgent]:
+        """Return the agents that are spawned or running.
+
+        Returns:
+            The agents, newest spawn first; of two spawned at the same time, the greater id first.
+
+        Raises:
+            CorruptDataError: If a stored value can't be decoded.
+            StorageError: If the database can't be read.
+            ClosedError: After `close`.
+        """
+        return self._rows(_ACTIVE, {})
+
+    def list_agents(
+        self, status: AgentStatusLike | None = None, agent_type: str | None = None
+    ) -> list[RegisteredAgent]:
+        """Return agents, finished ones as well.
+
+        Args:
+            status: Only agents in this state.
+            agent_type: Only agents of this type.
+
+        Returns:
+            The agents, newest spawn first; of two spawned at the same time, the greater id first.
+
+        Raises:
+            InvalidInputError: If a filter can't be accepted.
+            CorruptDataError: If a stored value can't be decoded.
+            StorageError: If the database can't be read.
+            ClosedError: After `close`.
+        """
+        filters = {
+            "status": inputs.recognise_filter(AgentStatus, status, field="status"),
+            "agent_type": inputs.text_filter(agent_type, field="agent_type"),
+        }
+        given = {name: value for name, value in filters.items() if value is not None}
+        return self._rows(_filtered(frozenset(given)), given)
+
+    def delete_agent(self, agent_id: str) -> bool:
+        """Remove an agent from the registry. Its events and metrics stay.
+
+        Args:
+            agent_id: The agent's id.
+
+        Returns:
+            Whether there was one.
+
+        Raises:
+            InvalidInputError: If *agent_id* is no text.
+            BusyError: If another writer keeps the database for longer than the busy timeout.
+            StorageError: If the database can't be written.
+            ClosedError: After `close`.
+        """
+        deleted = self._write(_DELETE, {"agent_id": inputs.text(agent_id, field="agent_id")})
+        return bool(deleted.rowcount)

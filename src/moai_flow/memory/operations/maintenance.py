@@ -1,0 +1,344 @@
+"""Looking after the database: cleaning up, compacting, copying, and checking that all is well."""
+
+import os
+import sqlite3
+from collections import Counter
+from contextlib import closing
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Literal
+
+from sqlalchemy import (
+    Column,
+    ColumnElement,
+    Connection,
+    LargeBinary,
+    MetaData,
+    Table,
+    bindparam,
+    delete,
+    exists,
+    func,
+    insert,
+    select,
+    type_coerce,
+)
+
+from moai_flow.memory import inputs
+from moai_flow.memory.errors import CorruptDataError, InvalidInputError, SchemaError, StorageError, TransactionError
+from moai_flow.memory.migrations import time_columns, unnormalised
+from moai_flow.memory.models import TABLES, AgentEvent, Record, SchemaInfo, SessionMemory, rowid_column, table_of
+from moai_flow.memory.scope import Scope, translating
+from moai_flow.memory.statements import RowDecoder, Statement, text_as_it_is
+from moai_flow.memory.types import EnumText
+
+_EVENTS = table_of(AgentEvent)
+_VERSION = Statement(select(table_of(SchemaInfo).c.value).where(table_of(SchemaInfo).c.key == "version"))
+_DELETE_EVENTS = Statement(delete(_EVENTS).where(_EVENTS.c.timestamp < bindparam("cutoff")))
+_PRAGMAS = {"page_count": "PRAGMA page_count", "page_size": "PRAGMA page_size"}
+
+# The versions that have the bug, but for the minor versions that mend it, each from a patch on.
+_WAL_RESET_FIRST, _WAL_RESET_LAST = (3, 7, 0), (3, 51, 2)
+_WAL_RESET_MENDED: dict[tuple[int, ...], int] = {(3, 44): 6, (3, 50): 7}
+
+
+@dataclass(frozen=True)
+class UnlistedValue:
+    """A word in an enum's column that the enum does not list. It reads as a member that keeps it.
+
+    Attributes:
+        table: The table's name.
+        column: The column's name.
+        value: The word.
+        rows: How many rows hold it.
+    """
+
+    table: str
+    column: str
+    value: str
+    rows: int
+
+
+@dataclass(frozen=True)
+class ForeignTime:
+    """Times that another program wrote in a format of its own. They read by the rule for files of older programs.
+
+    Attributes:
+        table: The table's name.
+        column: The column's name.
+        rows: How many rows hold one.
+    """
+
+    table: str
+    column: str
+    rows: int
+
+
+@dataclass(frozen=True)
+class CheckReport:
+    """What `SwarmDB.check` found.
+
+    Attributes:
+        sqlite_version: The version of SQLite in use.
+        has_wal_reset_bug: Whether that version has a rare bug that can corrupt a file in WAL mode.
+        integrity: What SQLite's own integrity check complains about. Empty is good.
+        undecodable: An error for each value that can't be decoded. Empty is good.
+        unlisted: Words outside the enums. They are readable, and no fault.
+        foreign_times: Times in another program's format. They are readable, and no fault.
+        quarantined: How many rows were moved into quarantine tables.
+    """
+
+    sqlite_version: str
+    has_wal_reset_bug: bool
+    integrity: tuple[str, ...] = ()
+    undecodable: tuple[CorruptDataError, ...] = ()
+    unlisted: tuple[UnlistedValue, ...] = ()
+    foreign_times: tuple[ForeignTime, ...] = ()
+    quarantined: int = 0
+
+    @property
+    def ok(self) -> bool:
+        """Whether the file is sound, and every row can be read."""
+        return not self.integrity and len(self.undecodable) == 0
+
+
+class MaintenanceOperations(Scope):
+    """Keeping the database small, safe and sound."""
+
+    @property
+    def db_path(self) -> Path:
+        """The database's file, as an absolute path.
+
+        Raises:
+            StorageError: If the database is in memory.
+        """
+        if self._location.path is None:
+            raise StorageError("a database in memory has no file")
+        return self._location.path
+
+    @property
+    def schema_version(self) -> str:
+        """The version of the schema, as the database says.
+
+        Raises:
+            SchemaError: If it says none any more.
+            StorageError: If the database can't be read.
+            ClosedError: After `close`.
+        """
+        row = self._tuples(_VERSION, {})
+        if not row:
+            raise SchemaError(f"{self._location}: the database does not say its schema version any more")
+        version: str = row[0][0]
+        return version
+
+    def size_bytes(self) -> int:
+        """Return how large the database is, in bytes, without the log of what was not yet moved into it.
+
+        Raises:
+            StorageError: If the database can't be read.
+            ClosedError: After `close`.
+        """
+        pages = self._pragma("page_count")
+        return int(pages) * int(self._pragma("page_size"))
+
+    def cleanup_old_events(self, days: int = 30) -> int:
+        """Delete events older than *days*.
+
+        Args:
+            days: Age in days, counted from now. Zero deletes all that is not in the future.
+
+        Returns:
+            How many events were deleted.
+
+        Raises:
+            InvalidInputError: If *days* is negative or no whole number.
+            BusyError: If another writer keeps the database for longer than the busy timeout.
+            StorageError: If the database can't be written.
+            ClosedError: After `close`.
+        """
+        days = inputs.whole(days, field="days")
+        try:
+            cutoff = self._clock() - timedelta(days=days)
+        except OverflowError:
+            return 0  # Older than time itself.
+        deleted: int = self._write(_DELETE_EVENTS, {"cutoff": cutoff}).rowcount
+        return deleted
+
+    def vacuum(self) -> None:
+        """Rebuild the database's file, which gives the space of deleted rows back to the disk.
+
+        It takes as long as copying the file, needs as much free space again, and keeps writers waiting meanwhile.
+
+        Raises:
+            TransactionError: Inside a transaction.
+            BusyError: If another user keeps the database for longer than the busy timeout.
+            StorageError: If the disk is full, or the database can't be written.
+            ClosedError: After `close`.
+        """
+        self._refuse_in_block("vacuum()")
+        held = self._connections.take()
+        try:
+            with translating(self._connections.where):
+                held.raw.execute("VACUUM")
+                # The rebuilt pages are in the log; this moves them into the file and cuts the file to its new size.
+                held.raw.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+        finally:
+            self._connections.give(held)
+
+    def backup(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
+        """Copy the database, as it is at this moment, into a file, while others go on reading and writing.
+
+        The file appears when it is complete, never half-written.
+
+        Args:
+            path: The file to write. Its folder is made if it is missing.
+            overwrite: Whether to replace the file if it exists.
+
+        Returns:
+            The file's absolute path.
+
+        Raises:
+            InvalidInputError: If *path* is a folder, the database itself, or exists and *overwrite* is not set.
+            TransactionError: Inside a transaction, whose changes the copy would lack.
+            StorageError: If the file can't be written.
+            ClosedError: After `close`.
+        """
+        self._refuse_in_block("backup()")
+        target = Path(path).expanduser().absolute()
+        if target.is_dir():
+            raise InvalidInputError("path", str(path), "the path of a file, not of a folder")
+        if self._location.path is not None and target.exists() and target.samefile(self._location.path):
+            raise InvalidInputError("path", str(path), "a file that is not the database itself")
+        if target.exists() and not overwrite:
+            raise InvalidInputError("path", str(path), "a file that does not exist yet, or overwrite=True")
+        unfinished = target.with_name(f"{target.name}.{os.getpid()}.tmp")
+        held = self._connections.take()
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with closing(sqlite3.connect(unfinished)) as copy:
+                held.raw.backup(copy)
+            unfinished.replace(target)
+        except (sqlite3.Error, OSError) as error:
+            raise StorageError(f"{target}: the backup can't be written: {error}") from error
+        finally:
+            unfinished.unlink(missing_ok=True)
+            self._connections.give(held)
+        return target
+
+    def check(self, *, quarantine: bool = False) -> CheckReport:
+        """Check that the database is sound, and that every row in it can be read.
+
+        It reads every row, so it takes a while on a large database. Others go on reading and writing meanwhile, but
+        with *quarantine* writers wait.
+
+        Args:
+            quarantine: Whether to move each row that can't be decoded, whole and as it is stored, into a table beside
+                its own: ``agent_events_quarantine`` and so on. There it is kept, and bothers nobody.
+
+        Returns:
+            What was found.
+
+        Raises:
+            TransactionError: If rows are to be moved inside a read-only session.
+            BusyError: If rows are to be moved, and another writer keeps the database for longer than the busy timeout.
+            StorageError: If the database can't be read, or is too damaged to be checked.
+            ClosedError: After `close`.
+        """
+        with self._block(readonly=not quarantine) as block, translating(self._connections.where):
+            connection, raw = block.held.connection, block.held.raw
+            problems = tuple(str(row[0]) for row in raw.execute("PRAGMA integrity_check"))
+            undecodable: list[CorruptDataError] = []
+            unlisted: Counter[tuple[str, str, str]] = Counter()
+            moved = 0
+            raw.text_factory = text_as_it_is
+            try:
+                for model in TABLES:
+                    bad_rows = _inspect(raw, RowDecoder(model, connection.dialect), undecodable, unlisted)
+                    if quarantine and bad_rows:
+                        moved += _move_aside(connection, model, bad_rows)
+            finally:
+                raw.text_factory = str
+            foreign_times = [
+                ForeignTime(str(model.__tablename__), column.name, rows)
+                for model, column in time_columns()
+                if (rows := connection.scalar(select(func.count()).where(unnormalised(column))))
+            ]
+        return CheckReport(
+            sqlite_version=sqlite3.sqlite_version,
+            has_wal_reset_bug=has_wal_reset_bug(sqlite3.sqlite_version_info),
+            integrity=() if problems == ("ok",) else problems,
+            undecodable=tuple(undecodable),
+            unlisted=tuple(UnlistedValue(*place, rows) for place, rows in sorted(unlisted.items())),
+            foreign_times=tuple(foreign_times),
+            quarantined=moved,
+        )
+
+    def _pragma(self, name: Literal["page_count", "page_size"]) -> int:
+        block = self._own_block()
+        held = self._connections.take() if block is None else block.held
+        try:
+            with translating(self._connections.where):
+                value: int = held.raw.execute(_PRAGMAS[name]).fetchone()[0]
+                return value
+        finally:
+            if block is None:
+                self._connections.give(held)
+
+    def _refuse_in_block(self, call: str) -> None:
+        if self._own_block() is not None:
+            raise TransactionError(f"{call} can't run inside a transaction")
+
+
+def has_wal_reset_bug(version: tuple[int, ...]) -> bool:
+    """Whether a version of SQLite has the bug that is described at https://sqlite.org/wal.html#walresetbug."""
+    if version[:2] in _WAL_RESET_MENDED:
+        return version[2] < _WAL_RESET_MENDED[version[:2]]
+    return _WAL_RESET_FIRST <= version <= _WAL_RESET_LAST
+
+
+def _inspect(
+    raw: sqlite3.Connection,
+    decoder: RowDecoder[Any],
+    undecodable: list[CorruptDataError],
+    unlisted: Counter[tuple[str, str, str]],
+) -> list[int]:
+    """Add what a table's rows have wrong with them, and return the ROWIDs of those that can't be decoded."""
+    table = table_of(decoder.model)
+    vocabularies = [
+        (index, column.name, column.type.vocabulary)
+        for index, column in enumerate(table.columns)
+        if isinstance(column.type, EnumText)
+    ]
+    bad_rows = []
+    for rowid, *row in raw.execute(str(select(rowid_column, *table.columns))):
+        if faults := decoder.faults(row):
+            undecodable.extend(faults)
+            bad_rows.append(rowid)
+        for index, name, vocabulary in vocabularies:
+            word = row[index]
+            if isinstance(word, str) and not vocabulary.read(word).is_listed:
+                unlisted[table.name, name, word] += 1
+    return bad_rows
+
+
+def _move_aside(connection: Connection, model: type[Record], rowids: list[int]) -> int:
+    """Move rows, as they are stored, into the table's quarantine, and return how many those are."""
+    table = table_of(model)
+    # BLOB columns keep whatever they are given.
+    quarantine = Table(
+        f"{table.name}_quarantine", MetaData(), *(Column(column.name, LargeBinary) for column in table.columns)
+    )
+    quarantine.create(connection, checkfirst=True)
+    moved = 0
+    for rowid in rowids:
+        condition: ColumnElement[bool] = rowid_column == rowid
+        if model is SessionMemory:
+            # With it goes what it replaced: else an older value of the key would come back.
+            bad = table.alias()
+            same_key = (table.c[name] == bad.c[name] for name in ("session_id", "memory_type", "key"))
+            condition = exists().where(bad.c.id == rowid, table.c.id <= bad.c.id, *same_key)
+        whole_rows = select(*(type_coerce(column, LargeBinary) for column in table.columns)).where(condition)
+        moved += connection.execute(insert(quarantine).from_select(quarantine.columns.keys(), whole_rows)).rowcount
+        connection.execute(delete(table).where(condition))
+    return moved

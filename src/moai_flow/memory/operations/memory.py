@@ -1,0 +1,265 @@
+"""Cross-session memory: JSON values under keys, with a time to live."""
+
+from datetime import datetime
+from functools import cache, lru_cache
+from typing import Any, TypeVar, cast, overload
+
+from pydantic import PydanticUserError, TypeAdapter, ValidationError
+from sqlalchemy import bindparam, delete, func, insert, select
+from sqlmodel import col
+
+from moai_flow.memory import inputs
+from moai_flow.memory.enums import MemoryType, MemoryTypeLike
+from moai_flow.memory.errors import CorruptDataError, InvalidInputError
+from moai_flow.memory.models import SessionMemory, expiry, table_of
+from moai_flow.memory.scope import Scope
+from moai_flow.memory.statements import Query, Row, Statement
+from moai_flow.memory.types import decode_json, decode_time
+
+T = TypeVar("T")
+D = TypeVar("D")
+
+_MEMORY = table_of(SessionMemory)
+_KEY = (
+    _MEMORY.c.session_id == bindparam("session_id"),
+    _MEMORY.c.memory_type == bindparam("memory_type"),
+    _MEMORY.c.key == bindparam("key"),
+)
+_NEWEST_WRITE_FIRST = col(SessionMemory.id).desc()
+
+_VALUE, _TIME, _TTL = (list(_MEMORY.columns.keys()).index(name) for name in ("value", "timestamp", "ttl_hours"))
+
+_INSERT = Statement(
+    insert(_MEMORY),
+    inserts=("session_id", "memory_type", "key", "value", "timestamp", "ttl_hours", "created_at"),
+)
+_LATEST = Query(SessionMemory, select(_MEMORY).where(*_KEY).order_by(_NEWEST_WRITE_FIRST).limit(1))
+_HISTORY = Query(SessionMemory, select(_MEMORY).where(*_KEY).order_by(_NEWEST_WRITE_FIRST))
+_DELETE = Statement(delete(_MEMORY).where(*_KEY))
+
+
+@cache
+def _latest_of_each(names: frozenset[str]) -> Query[SessionMemory]:
+    conditions: list[Any] = [_MEMORY.c.session_id == bindparam("session_id")]
+    if "memory_type" in names:
+        conditions.append(_MEMORY.c.memory_type == bindparam("memory_type"))
+    if "prefix" in names:
+        # Not LIKE, which would fold case and give % and _ a meaning.
+        conditions.append(func.substr(_MEMORY.c.key, 1, func.length(bindparam("prefix"))) == bindparam("prefix"))
+    latest = select(func.max(_MEMORY.c.id)).where(*conditions).group_by(_MEMORY.c.memory_type, _MEMORY.c.key)
+    return Query(
+        SessionMemory,
+        select(_MEMORY).where(_MEMORY.c.id.in_(latest)).order_by(_MEMORY.c.memory_type, _MEMORY.c.key),
+    )
+
+
+class MemoryOperations(Scope):
+    """Storing values for later sessions, and finding them again."""
+
+    def store_memory(
+        self,
+        session_id: str,
+        memory_type: MemoryTypeLike,
+        key: str,
+        value: Any,
+        ttl_hours: int | None = None,
+    ) -> int:
+        """Store a value under a key, now. It takes the place of the value that the key had; the history keeps that.
+
+        Args:
+            session_id: The session that it belongs to.
+            memory_type: Which kind of memory it is.
+            key: Its name within session and type.
+            value: A JSON value: None, bool, int, finite float, str, list, or dict with str keys. Tuples, dates and
+                times, UUIDs, decimals, paths, enums, dataclasses and pydantic models are stored as the JSON they
+                dump to.
+            ttl_hours: How many hours it lives, at least 1. Default: for ever.
+
+        Returns:
+            Its place in the sequence of writes, `SessionMemory.id`.
+
+        Raises:
+            InvalidInputError: If a value can't be accepted.
+            BusyError: If another writer keeps the database for longer than the busy timeout.
+            StorageError: If the database can't be written.
+            ClosedError: After `close`.
+        """
+        now = self._clock()
+        row = {
+            **_address(session_id, inputs.parse(MemoryType, memory_type, field="memory_type"), key),
+            "value": value,
+            "timestamp": now,
+            "ttl_hours": inputs.whole_or_none(ttl_hours, field="ttl_hours", least=1),
+            "created_at": now,
+        }
+        sequence: int = self._write(_INSERT, row).lastrowid
+        return sequence
+
+    @overload
+    def get_memory(self, session_id: str, memory_type: MemoryTypeLike, key: str) -> Any: ...
+    @overload
+    def get_memory(self, session_id: str, memory_type: MemoryTypeLike, key: str, *, default: Any) -> Any: ...
+    @overload
+    def get_memory(self, session_id: str, memory_type: MemoryTypeLike, key: str, *, as_type: type[T]) -> T | None: ...
+    @overload
+    def get_memory(
+        self, session_id: str, memory_type: MemoryTypeLike, key: str, *, as_type: type[T], default: D
+    ) -> T | D: ...
+
+    def get_memory(
+        self,
+        session_id: str,
+        memory_type: MemoryTypeLike,
+        key: str,
+        *,
+        as_type: type[Any] | None = None,
+        default: Any = None,
+    ) -> Any:
+        """Return the value of a key: the latest that was stored, unless that has expired.
+
+        An expired key is absent. What it held before does not come back.
+
+        Args:
+            session_id: The session that it belongs to.
+            memory_type: Which kind of memory it is.
+            key: Its name within session and type.
+            as_type: What to validate the value as, with pydantic: a model, a dataclass, ``list[int]``, and so on.
+            default: What to return if the key is absent. A stored None is not absence.
+
+        Returns:
+            The value, as JSON decodes or as *as_type*; *default* if the key is absent.
+
+        Raises:
+            InvalidInputError: If a parameter can't be accepted, or the stored value is no *as_type*.
+            CorruptDataError: If the stored value is not JSON, or its time is none.
+            StorageError: If the database can't be read.
+            ClosedError: After `close`.
+        """
+        row = self._live_row(_address(session_id, memory_type, key))
+        if row is None:
+            return default
+        stored = row[_VALUE]
+        try:
+            if as_type is None:
+                return None if stored is None else decode_json(stored)
+            return _validated(as_type, "null" if stored is None else stored)
+        except (ValueError, TypeError) as error:
+            if isinstance(error, InvalidInputError):
+                raise
+            raise self._latest_fault(row) from error
+
+    def list_memories(
+        self, session_id: str, memory_type: MemoryTypeLike | None = None, prefix: str | None = None
+    ) -> list[SessionMemory]:
+        """Return what a session remembers: the latest value of each key, without those that have expired.
+
+        Args:
+            session_id: The session.
+            memory_type: Only memories of this kind.
+            prefix: Only keys that begin with this, to the letter.
+
+        Returns:
+            The memories, by type and key.
+
+        Raises:
+            InvalidInputError: If a filter can't be accepted.
+            CorruptDataError: If a stored value can't be decoded.
+            StorageError: If the database can't be read.
+            ClosedError: After `close`.
+        """
+        filters = {
+            "session_id": inputs.text(session_id, field="session_id"),
+            "memory_type": inputs.recognise_filter(MemoryType, memory_type, field="memory_type"),
+            "prefix": inputs.text_filter(prefix, field="prefix"),
+        }
+        given = {name: value for name, value in filters.items() if value is not None}
+        now = self._clock()
+        return [
+            memory for memory in self._rows(_latest_of_each(frozenset(given)), given) if not _has_expired(memory, now)
+        ]
+
+    def memory_history(self, session_id: str, memory_type: MemoryTypeLike, key: str) -> list[SessionMemory]:
+        """Return all that was stored under a key and is still kept, expired and replaced values included.
+
+        Args:
+            session_id: The session that it belongs to.
+            memory_type: Which kind of memory it is.
+            key: Its name within session and type.
+
+        Returns:
+            The memories, latest write first.
+
+        Raises:
+            InvalidInputError: If a parameter can't be accepted.
+            CorruptDataError: If a stored value can't be decoded.
+            StorageError: If the database can't be read.
+            ClosedError: After `close`.
+        """
+        return self._rows(_HISTORY, _address(session_id, memory_type, key))
+
+    def delete_memory(self, session_id: str, memory_type: MemoryTypeLike, key: str) -> bool:
+        """Remove a key with its whole history.
+
+        Args:
+            session_id: The session that it belongs to.
+            memory_type: Which kind of memory it is.
+            key: Its name within session and type.
+
+        Returns:
+            Whether the key had a value that was not expired.
+
+        Raises:
+            InvalidInputError: If a parameter can't be accepted.
+            BusyError: If another writer keeps the database for longer than the busy timeout.
+            CorruptDataError: If the latest value's time can't be decoded. Nothing is removed.
+            StorageError: If the database can't be written.
+            ClosedError: After `close`.
+        """
+        address = _address(session_id, memory_type, key)
+        with self._block():
+            was_live = self._live_row(address) is not None
+            self._write(_DELETE, address)
+        return was_live
+
+    def _live_row(self, address: dict[str, Any]) -> Row | None:
+        """Return the latest row of a key as it is stored, unless there is none or it has expired."""
+        for row in self._tuples(_LATEST, address):
+            try:
+                expires = None if row[_TTL] is None else expiry(decode_time(row[_TIME]), row[_TTL])
+            except (ValueError, TypeError) as error:
+                raise self._latest_fault(row) from error
+            if expires is None or self._clock() < expires:
+                return row
+        return None
+
+    def _latest_fault(self, row: Row) -> CorruptDataError:
+        return self._decoder(_LATEST).first_fault([row])
+
+
+def _address(session_id: str, memory_type: MemoryTypeLike, key: str) -> dict[str, Any]:
+    return {
+        "session_id": inputs.text(session_id, field="session_id"),
+        "memory_type": inputs.recognise(MemoryType, memory_type, field="memory_type"),
+        "key": inputs.text(key, field="key"),
+    }
+
+
+def _has_expired(memory: SessionMemory, now: datetime) -> bool:
+    expires = memory.expires_at
+    return expires is not None and now >= expires
+
+
+def _validated(as_type: type[T], stored: str) -> T:
+    try:
+        validated: T = _adapter(cast(Any, as_type)).validate_json(stored)
+    except ValidationError as error:
+        decode_json(stored)  # What is no JSON at all is the row's fault, not the type's.
+        raise InvalidInputError("as_type", as_type, f"a type that the stored value is valid for ({error})") from error
+    except (PydanticUserError, TypeError) as error:
+        raise InvalidInputError("as_type", as_type, f"a type that pydantic can validate ({error})") from error
+    return validated
+
+
+@lru_cache(maxsize=256)
+def _adapter(as_type: Any) -> TypeAdapter[Any]:
+    return TypeAdapter(as_type)

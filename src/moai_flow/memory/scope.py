@@ -1,0 +1,433 @@
+"""Who owns the open transaction, and on which connection a call runs."""
+
+import asyncio
+import os
+import sqlite3
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from datetime import datetime
+from typing import Any, Protocol, TypeVar, cast
+
+from sqlalchemy import RootTransaction
+from sqlalchemy.exc import SQLAlchemyError
+from sqlmodel import Session
+
+from moai_flow.memory.connections import Connections, Held
+from moai_flow.memory.engine import Location
+from moai_flow.memory.errors import BusyError, SwarmDBError, TransactionError
+from moai_flow.memory.models import Record
+from moai_flow.memory.statements import Program, Programs, Query, Row, RowDecoder, Statement, translated
+
+R = TypeVar("R", bound=Record)
+
+
+class RawCursor(Protocol):
+    """What every driver's cursor can do."""
+
+    @property
+    def rowcount(self) -> int:
+        """How many rows the last statement changed; -1 if it changes none."""
+
+    @property
+    def lastrowid(self) -> Any:
+        """The number that the last inserted row was given."""
+
+    def execute(self, sql: str, parameters: Any = ..., /) -> Any:
+        """Run a statement. Placeholders are the driver's."""
+
+    def executemany(self, sql: str, parameters: Any, /) -> Any:
+        """Run a statement once for each of *parameters*."""
+
+    def fetchone(self) -> Any:
+        """Return the next row, or None."""
+
+    def fetchmany(self, size: int = ...) -> list[Any]:
+        """Return the next *size* rows, or what is left of them."""
+
+    def fetchall(self) -> list[Any]:
+        """Return all rows that are left."""
+
+    def close(self) -> None:
+        """Give up what is left of the rows."""
+
+    def __iter__(self) -> Iterator[Any]: ...
+
+
+class RawConnection(Protocol):
+    """What every driver's connection can do. On SQLite it is a `sqlite3.Connection` with `sqlite3.Row` rows."""
+
+    def cursor(self) -> RawCursor:
+        """Return a new cursor."""
+
+    def execute(self, sql: str, parameters: Any = ..., /) -> RawCursor:
+        """Run a statement on a new cursor, and return that."""
+
+    def commit(self) -> None:
+        """Commit; not inside `SwarmDB.transaction`, which does."""
+
+    def rollback(self) -> None:
+        """Roll back; not inside `SwarmDB.transaction`, which does where the block raises."""
+
+
+class Block:
+    """One ``with`` block that holds a transaction, or a savepoint inside one.
+
+    The outermost has a savepoint as well: after a raw ``commit()`` it is gone, even where another transaction has begun
+    since.
+    """
+
+    def __init__(self, held: Held, task: object, outer: "Block | None", *, readonly: bool) -> None:
+        self.held = held
+        self.task = task
+        self.outer = outer
+        self.readonly = readonly
+        self.sessions: tuple[Session, ...] = () if outer is None else outer.sessions
+        self._process = os.getpid()
+
+    @property
+    def is_inherited(self) -> bool:
+        """Whether the process forked inside the block: what it holds is the parent's."""
+        return self._process != os.getpid()
+
+    def begin(self) -> None:
+        """Open the transaction or savepoint, and take the write lock unless the block only reads."""
+        raw = self.held.raw
+        if self.outer is None:
+            self.held.connection.begin()  # It sends nothing; it lets an ORM session join.
+            raw.execute("BEGIN" if self.readonly else "BEGIN IMMEDIATE")
+        raw.execute("SAVEPOINT swarmdb")  # Nested ones may share a name: the innermost is meant.
+        if self.readonly:
+            raw.execute("SELECT 1 FROM sqlite_master").fetchone()  # The first read is what the snapshot shows.
+            raw.execute("PRAGMA query_only = ON")
+
+    def end(self) -> None:
+        """Keep what the block did; the outermost commits it.
+
+        Raises:
+            TransactionError: If the transaction is no longer the one that the block began.
+        """
+        self.check_alive()
+        self._restore_writes()
+        try:
+            self.held.raw.execute("RELEASE swarmdb")
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorcode == sqlite3.SQLITE_ERROR:  # There is no such savepoint.
+                raise TransactionError(_ENDED_INSIDE) from error
+            raise
+        if self.outer is None:
+            self._root().commit()
+
+    def undo(self) -> None:
+        """Undo what the block did. What can't be undone here is when the connection is closed."""
+        with suppress(sqlite3.Error, SQLAlchemyError):
+            if self.held.in_transaction:
+                self._restore_writes()
+                if self.outer is not None:
+                    self.held.raw.execute("ROLLBACK TO swarmdb")
+                    self.held.raw.execute("RELEASE swarmdb")
+            if self.outer is None:
+                self._root().rollback()
+
+    def check_alive(self) -> None:
+        """Raise `TransactionError` if no transaction is open any more."""
+        if not self.held.in_transaction:
+            raise TransactionError(_ENDED_INSIDE)
+
+    def expire(self) -> None:
+        """Have the block's sessions read again what they have loaded."""
+        for session in self.sessions:
+            session.expire_all()
+
+    def _root(self) -> RootTransaction:
+        root = self.held.connection.get_transaction()
+        assert root is not None
+        return root
+
+    def _restore_writes(self) -> None:
+        if self.readonly and (self.outer is None or not self.outer.readonly):
+            self.held.raw.execute("PRAGMA query_only = OFF")
+
+
+_ENDED_INSIDE = (
+    "the transaction of this block was ended inside it: by a raw commit() or rollback(), by a call that commits, such "
+    "as executescript(), or by the database itself; what came after is rolled back"
+)
+
+
+class Scope:
+    """Runs statements in the caller's transaction if there is one, and each in its own if there is none."""
+
+    _clock: Callable[[], datetime]
+    _connections: Connections
+    _location: Location
+    _programs: Programs
+
+    @contextmanager
+    def transaction(self) -> Iterator[RawConnection]:
+        """Open a transaction and give the driver's connection in it.
+
+        What the block did is committed when it ends, and rolled back if it raises anything at all. Domain methods
+        called inside, by this thread and asyncio task, are part of it. A block inside a block is a savepoint: if it
+        raises, only what it did is undone. The write lock is taken at the start, so what was read stays true until
+        the commit.
+
+        Placeholders are the driver's; on SQLite that is ``?``, and rows are `sqlite3.Row`. Neither ``commit()``
+        nor ``rollback()`` may be called inside.
+
+        Yields:
+            The driver's connection, good until the block ends.
+
+        Raises:
+            BusyError: If another writer keeps the lock for longer than the busy timeout, or another asyncio task of
+                this thread has it.
+            TransactionError: If the block is inside a read-only session, if this thread's `_get_connection` has
+                a transaction open, or if the transaction was ended inside the block.
+            ClosedError: After `close`.
+        """
+        with self._block() as block:
+            raw = block.held.raw
+            # With implicit transactions, a statement after a raw commit() begins a new one, which the end of the block
+            # rolls back, instead of committing by itself.
+            raw.isolation_level = ""
+            raw.row_factory = sqlite3.Row
+            yield cast(RawConnection, raw)
+
+    @contextmanager
+    def session(self, *, readonly: bool = False) -> Iterator[Session]:
+        """Open a transaction and give a typed SQLModel session in it.
+
+        What is pending is flushed and committed when the block ends, and rolled back if it raises anything at all.
+        Domain methods called inside, by this thread and asyncio task, are part of it: they see what the session
+        has pending, and what the session has loaded is read again after they write. ``session.commit()`` inside the
+        block flushes; only the end of the outermost block makes it durable.
+
+        Args:
+            readonly: Give a consistent snapshot instead: no write lock is taken, writes of others in the meantime stay
+                invisible, and every attempt to write is refused.
+
+        Yields:
+            The session, good until the block ends.
+
+        Raises:
+            BusyError: As `transaction`; a read-only session waits for nobody.
+            ConflictError: If what was pending at the end breaks a constraint.
+            TransactionError: As `transaction`, or if something was pending at the end of a read-only session.
+            ClosedError: After `close`.
+        """
+        where = self._connections.where
+        with self._block(readonly=readonly) as block:
+            session = Session(block.held.connection, join_transaction_mode="create_savepoint", expire_on_commit=False)
+            block.sessions = (*block.sessions, session)
+            try:
+                yield session
+                block.check_alive()
+                if block.readonly and (session.new or session.dirty or session.deleted):
+                    raise TransactionError("a read-only session writes nothing, and this one has changes pending")
+                try:
+                    session.commit()
+                except SQLAlchemyError as error:
+                    raise translated(error, where) from error
+            finally:
+                if not block.is_inherited:
+                    _close(session, block)
+
+    # What the operation groups are made of.
+
+    def _rows(self, query: Query[R], values: Mapping[str, Any]) -> list[R]:
+        """Return the typed rows of *query*."""
+        return self._decoder(query).decode(self._fetch(self._programs[query], values))
+
+    def _decoder(self, query: Query[R]) -> RowDecoder[R]:
+        """Return what turns the rows of *query* into objects."""
+        rows: RowDecoder[R] | None = self._programs[query].rows
+        assert rows is not None
+        return rows
+
+    def _tuples(self, statement: Statement, values: Mapping[str, Any]) -> list[Row]:
+        """Return the rows of *statement* as the driver gives them."""
+        return self._fetch(self._programs[statement], values)
+
+    def _fetch(self, program: Program, values: Mapping[str, Any]) -> list[Row]:
+        bound = program.bind(values)
+        local = self._connections.local
+        if local.blocks and (block := self._reading_block()) is not None:
+            return program.fetch(block.held.raw, bound)
+        held = self._connections.take()
+        try:
+            return program.fetch(held.raw, bound)
+        finally:
+            self._connections.give(held)
+
+    def _write(self, statement: Statement, values: Mapping[str, Any]) -> Any:
+        """Run *statement* and return its cursor, for ``rowcount`` and ``lastrowid``."""
+        program = self._programs[statement]
+        bound = program.bind(values)
+        local = self._connections.local
+        if (local.blocks or local.pinned) and (block := self._writing_block()) is not None:
+            cursor = program.execute(block.held.raw, bound)
+            if not statement.inserts:
+                block.expire()
+            return cursor
+        held = self._connections.take()
+        try:
+            return program.execute(held.raw, bound)
+        finally:
+            self._connections.give(held)
+
+    def _write_returning(self, query: Query[R], values: Mapping[str, Any]) -> list[R]:
+        """Run a *query* that writes, and return the rows that it wrote."""
+        program = self._programs[query]
+        bound = program.bind(values)
+        local = self._connections.local
+        if (local.blocks or local.pinned) and (block := self._writing_block()) is not None:
+            rows = program.fetch(block.held.raw, bound)
+            block.expire()
+        else:
+            held = self._connections.take()
+            try:
+                rows = program.fetch(held.raw, bound)
+            finally:
+                self._connections.give(held)
+        return self._decoder(query).decode(rows)
+
+    def _write_many(self, program: Program, bound: Iterable[tuple[Any, ...]]) -> None:
+        """Run *program* for each of *bound*, all or none."""
+        with self._block() as block:
+            program.execute_many(block.held.raw, bound)
+
+    # Blocks
+
+    def _reading_block(self) -> Block | None:
+        block = self._own_block()
+        if block is not None:
+            self._prepare(block)
+        elif self._location.path is None:
+            self._refuse_to_wait()  # In memory, a writer keeps readers waiting too.
+        return block
+
+    def _writing_block(self) -> Block | None:
+        block = self._own_block()
+        if block is None:
+            self._refuse_to_wait()
+        elif block.readonly:
+            raise TransactionError(_READ_ONLY)
+        else:
+            self._prepare(block)
+        return block
+
+    def _own_block(self) -> Block | None:
+        """Return the innermost block that this thread and task have open."""
+        task = _current_task()
+        for block in reversed(self._connections.local.blocks):
+            if block.task is task:
+                return block
+        return None
+
+    def _prepare(self, block: Block) -> None:
+        """Make what the block's sessions have pending visible to the statement that follows."""
+        self._connections.check_open()
+        block.check_alive()
+        try:
+            for session in block.sessions:
+                session.flush()
+        except SQLAlchemyError as error:
+            raise translated(error, self._connections.where) from error
+
+    def _refuse_to_wait(self) -> None:
+        """Raise where waiting for the write lock would be waiting for this very thread."""
+        local = self._connections.local
+        if any(not block.readonly for block in local.blocks):
+            raise BusyError(
+                f"{self._connections.where}: another asyncio task of this thread has a transaction open, "
+                "which can't end while this call waits for it"
+            )
+        if local.pinned is not None and local.pinned.held.in_transaction:
+            raise TransactionError(
+                "the connection that _get_connection() gave this thread has a transaction open: commit() it or "
+                "rollback() first, or use transaction(), which domain methods join"
+            )
+
+    @contextmanager
+    def _block(self, *, readonly: bool = False) -> Iterator[Block]:
+        """Open a transaction, or a savepoint in the one that this thread and task have open."""
+        connections = self._connections
+        connections.check_open()
+        outer = self._own_block() if connections.local.blocks else None
+        if outer is not None:
+            if outer.readonly and not readonly:
+                raise TransactionError(_READ_ONLY)
+            self._prepare(outer)
+            with self._entered(Block(outer.held, outer.task, outer, readonly=readonly)) as block:
+                yield block
+            return
+        if not readonly or self._location.path is None:
+            self._refuse_to_wait()
+        held = connections.take()
+        block = Block(held, _current_task(), None, readonly=readonly)
+        try:
+            with self._entered(block):
+                yield block
+        finally:
+            if not block.is_inherited:
+                self._settle(held)
+
+    @contextmanager
+    def _entered(self, block: Block) -> Iterator[Block]:
+        blocks = self._connections.local.blocks
+        where = self._connections.where
+        try:
+            with translating(where):
+                block.begin()
+            blocks.append(block)
+            yield block
+            if block.is_inherited:
+                raise TransactionError("this block was opened before a fork: its transaction is the parent process's")
+            with translating(where):
+                block.end()
+        except BaseException:
+            if not block.is_inherited:
+                block.undo()
+            raise
+        finally:
+            # Not by position, and not through the thread's locals: a generator may end elsewhere, and later.
+            if block in blocks:
+                blocks.remove(block)
+
+    def _settle(self, held: Held) -> None:
+        """Give back the connection of a block that has ended, or close it if the end failed."""
+        if held.is_open and not held.in_transaction and not held.connection.in_transaction():
+            held.raw.isolation_level = None
+            held.raw.row_factory = None
+            self._connections.give(held)
+        else:
+            held.discard()
+
+
+_READ_ONLY = "session(readonly=True) refuses writes; use session() or transaction()"
+
+
+@contextmanager
+def translating(where: str) -> Iterator[None]:
+    """Raise what a driver's error means in its place."""
+    try:
+        yield
+    except SwarmDBError:
+        raise
+    except (sqlite3.Error, SQLAlchemyError) as error:
+        raise translated(error, where) from error
+
+
+def _close(session: Session, block: Block) -> None:
+    try:
+        session.close()
+    except SQLAlchemyError:
+        # Its savepoint is gone where the transaction was ended inside; the block's own end says so.
+        if block.held.in_transaction:
+            raise
+
+
+def _current_task() -> object | None:
+    try:
+        return asyncio.current_task()
+    except RuntimeError:  # No event loop runs in this thread.
+        return None

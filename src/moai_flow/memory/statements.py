@@ -1,0 +1,243 @@
+"""Core statements, compiled once for each dialect and run on the driver's own cursor.
+
+A `Statement` is a module-level constant. `Programs` compiles it the first time an engine needs it; from then on a
+call binds its values through the column types, runs the text, and decodes the rows column by column. This passes by
+SQLAlchemy's execution events and ``echo``, so statements are logged here, at debug level.
+"""
+
+import logging
+import sqlite3
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Generic, TypeVar, cast
+
+from sqlalchemy import Column, Dialect, Executable
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.orm import class_mapper
+from sqlalchemy.sql.compiler import SQLCompiler
+from sqlalchemy.sql.expression import ClauseElement
+
+from moai_flow.memory.errors import BusyError, ConflictError, CorruptDataError, StorageError, SwarmDBError
+from moai_flow.memory.models import Record, columns
+from moai_flow.memory.types import is_unicode
+
+logger = logging.getLogger("moai_flow.memory")
+
+R = TypeVar("R", bound=Record)
+Row = Sequence[Any]
+
+
+class Statement:
+    """A constant statement. One object is one statement: it is compared, and hashed, by identity."""
+
+    def __init__(self, clause: Executable, *, inserts: Iterable[str] = ()) -> None:
+        """Wrap *clause*; for an INSERT, *inserts* names the columns that each call gives values for."""
+        self.clause = clause
+        self.inserts = tuple(inserts)
+
+
+class Query(Statement, Generic[R]):
+    """A statement that returns whole rows of one table."""
+
+    def __init__(self, model: type[R], clause: Executable) -> None:
+        super().__init__(clause)
+        self.model = model
+
+
+class Program:
+    """A statement as one dialect runs it."""
+
+    def __init__(self, statement: Statement, dialect: Dialect) -> None:
+        clause = cast(ClauseElement, statement.clause)
+        compiled = cast(SQLCompiler, clause.compile(dialect=dialect, column_keys=list(statement.inserts) or None))
+        self.sql = compiled.string
+        self.failure: type[Exception] = dialect.loaded_dbapi.Error
+        self._slots = [
+            (name, compiled.binds[name].type.dialect_impl(dialect).bind_processor(dialect))
+            for name in compiled.positiontup or ()
+        ]
+        # SQLite's LIMIT comes with an OFFSET of its own, and constants in the clause are binds as well.
+        self._constants = {name: bind.value for name, bind in compiled.binds.items() if not bind.required}
+        self.rows = RowDecoder(statement.model, dialect) if isinstance(statement, Query) else None
+
+    def bind(self, values: Mapping[str, Any]) -> tuple[Any, ...]:
+        """Return *values*, by name, as the driver wants them: encoded, in the statement's order.
+
+        Raises:
+            InvalidInputError: If a value can't be encoded.
+        """
+        if self._constants:
+            values = {**self._constants, **values}
+        return tuple([values[name] if encode is None else encode(values[name]) for name, encode in self._slots])
+
+    def fetch(self, raw: Any, bound: tuple[Any, ...]) -> list[Row]:
+        """Run on a driver's connection and return every row.
+
+        Raises:
+            SwarmDBError: What the driver's error means.
+        """
+        if logger.isEnabledFor(logging.DEBUG):
+            logger.debug("%s %r", self.sql, bound)
+        try:
+            rows: list[Row] = raw.execute(self.sql, bound).fetchall()
+        except self.failure as error:
+            if self.rows is not None and is_undecodable(error):
+                raise self.rows.first_fault(_fetch_leniently(raw, self.sql, bound)) from error
+            raise translated(error) from error
+        return rows
+
+    def execute(self, raw: Any, bound: tuple[Any, ...]) -> Any:
+        """Run on a driver's connection and return the cursor, for its ``rowcount`` and ``lastrowid``.
+
+        Raises:
+            SwarmDBError: What the driver's error means.
+        """
+        if logger.isEnabledFor(logging.DEBUG):
+            logger.debug("%s %r", self.sql, bound)
+        try:
+            return raw.execute(self.sql, bound)
+        except self.failure as error:
+            raise translated(error) from error
+
+    def execute_many(self, raw: Any, bound: Iterable[tuple[Any, ...]]) -> None:
+        """Run once for each of *bound*. The caller's transaction decides what stays if one of them fails.
+
+        Raises:
+            SwarmDBError: What the driver's error means.
+        """
+        logger.debug("%s (many)", self.sql)
+        try:
+            raw.executemany(self.sql, bound)
+        except self.failure as error:
+            raise translated(error) from error
+
+
+class Programs(dict[Statement, Program]):
+    """The programs of one dialect, each compiled when it is first asked for."""
+
+    def __init__(self, dialect: Dialect) -> None:
+        super().__init__()
+        self.dialect = dialect
+
+    def __missing__(self, statement: Statement) -> Program:
+        program = self[statement] = Program(statement, self.dialect)
+        return program
+
+
+class RowDecoder(Generic[R]):
+    """Turns the driver's rows of one table into its typed objects, without a second validation."""
+
+    def __init__(self, model: type[R], dialect: Dialect) -> None:
+        self.model = model
+        self.columns: list[Column[Any]] = list(columns(model))
+        fields = {field.alias or name: name for name, field in model.model_fields.items()}
+        self._names = [fields[column.name] for column in self.columns]
+        self._decoders = [column.type.dialect_impl(dialect).result_processor(dialect, None) for column in self.columns]
+        self._kinds = [
+            _stored_kinds(model, name, column) for name, column in zip(self._names, self.columns, strict=True)
+        ]
+        self._key = [index for index, column in enumerate(self.columns) if column.primary_key]
+        # A class manager makes an instance as loading from an ORM session does, and ten times faster.
+        self._new: Callable[[], R] = class_mapper(model).class_manager.new_instance
+
+    def decode(self, rows: Sequence[Row]) -> list[R]:
+        """Return the objects of *rows*, which hold every column in the schema's order.
+
+        They are detached: a session that adds one updates its row.
+
+        Raises:
+            CorruptDataError: If a value is not what its column holds.
+        """
+        if not rows:
+            return []
+        decoded: list[Sequence[Any]] = []
+        try:
+            for stored, kinds, decode in zip(zip(*rows, strict=True), self._kinds, self._decoders, strict=True):
+                if not kinds.issuperset(map(type, stored)):
+                    raise ValueError("not of the column's type")
+                decoded.append(stored if decode is None else list(map(decode, stored)))
+        except ValueError as error:
+            raise self.first_fault(rows) from error
+        names, key, new, model = self._names, self._key, self._new, self.model
+        objects = []
+        for values in zip(*decoded, strict=True):
+            made = new()
+            state = made.__dict__
+            state.update(zip(names, values, strict=True))
+            state["_sa_instance_state"].key = (model, tuple([values[index] for index in key]), None)
+            objects.append(made)
+        return objects
+
+    def faults(self, row: Row) -> list[CorruptDataError]:
+        """Return what keeps *row* from being decoded, an error a column."""
+        key = {self.columns[index].name: row[index] for index in self._key}
+        found = []
+        for value, column, kinds, decode in zip(row, self.columns, self._kinds, self._decoders, strict=True):
+            reason = None
+            if type(value) not in kinds:
+                wanted = " or ".join(sorted("NULL" if kind is type(None) else kind.__name__ for kind in kinds))
+                reason = f"holds {_shown(value)}, where {wanted} is expected"
+            elif isinstance(value, str) and not is_unicode(value):
+                reason = f"holds {_shown(value)}, which is not UTF-8"
+            elif decode is not None:
+                try:
+                    decode(value)
+                except ValueError as error:
+                    reason = f"holds {_shown(value)}, which can't be decoded: {error}"
+            if reason is not None:
+                found.append(CorruptDataError(str(self.model.__tablename__), column.name, key, reason))
+        return found
+
+    def first_fault(self, rows: Iterable[Row]) -> CorruptDataError:
+        """Return what is wrong with *rows*, of which at least one can't be decoded."""
+        return next(fault for row in rows for fault in self.faults(row))
+
+
+def is_undecodable(error: Exception) -> bool:
+    """Whether sqlite3 met text that is not UTF-8: the one error of its own making, so it has no SQLite code."""
+    return isinstance(error, sqlite3.OperationalError) and getattr(error, "sqlite_errorcode", None) is None
+
+
+def text_as_it_is(stored: bytes) -> str:
+    """Decode a stored text without failing: bytes that are not UTF-8 become lone surrogates."""
+    return stored.decode(errors="surrogateescape")
+
+
+def _fetch_leniently(raw: Any, sql: str, bound: tuple[Any, ...]) -> list[Row]:
+    raw.text_factory = text_as_it_is
+    try:
+        return list(raw.execute(sql, bound))
+    finally:
+        raw.text_factory = str
+
+
+def _shown(value: object) -> str:
+    if value is None:
+        return "NULL"
+    shown = repr(value)
+    return shown if len(shown) <= 60 else shown[:60] + "…"
+
+
+def _stored_kinds(model: type[Record], name: str, column: Column[Any]) -> frozenset[type]:
+    """Return the types of a column's values as the driver gives them. SQLite itself takes anything anywhere."""
+    kinds: set[type] = {{"INTEGER": int, "REAL": float}.get(str(column.type), str)}
+    annotation = model.model_fields[name].annotation
+    if getattr(column.type, "reads_null", False) or type(None) in getattr(annotation, "__args__", ()):
+        kinds.add(type(None))
+    return frozenset(kinds)
+
+
+_BUSY = frozenset({sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED})
+
+
+def translated(error: Exception, where: str = "") -> SwarmDBError:
+    """Return what a driver's *error* means. SQLAlchemy's wrapping is taken off first."""
+    if isinstance(error, DBAPIError) and error.orig is not None:
+        return translated(error.orig, where)
+    message = f"{where}: {error}" if where else str(error)
+    code = getattr(error, "sqlite_errorcode", None)
+    primary = None if code is None else code & 0xFF
+    if primary in _BUSY:
+        return BusyError(f"{message}: another writer held the database for longer than the busy timeout")
+    if primary == sqlite3.SQLITE_CONSTRAINT:
+        return ConflictError(message)
+    return StorageError(message)

@@ -1,0 +1,248 @@
+"""How values are kept: JSON text, ISO-8601 text, enums by value.
+
+Each column type encodes what Python passes in and decodes what a row holds. An encoder raises `InvalidInputError`
+and a decoder `ValueError`; `statements` turns the latter into a `CorruptDataError` that names table, column and row.
+"""
+
+import dataclasses
+import json
+import math
+from collections.abc import Callable, Iterable
+from datetime import UTC, date, datetime, time, timedelta
+from decimal import Decimal
+from enum import Enum
+from pathlib import PurePath
+from typing import Any, Generic, TypeVar
+from uuid import UUID
+
+from pydantic import BaseModel
+from pydantic_core import from_json, to_json
+from sqlalchemy import Dialect, Integer, Text, TypeDecorator
+from sqlalchemy.types import UserDefinedType
+
+from moai_flow.memory.enums import Vocabulary
+from moai_flow.memory.errors import InvalidInputError
+
+PLAIN_JSON = "JSON: None, bool, int, finite float, str, list, and dict with str keys"
+_DUMPED = (str, int, bool, type(None), datetime, date, time, timedelta, Decimal, UUID, Enum, PurePath)
+
+
+def utc_now() -> datetime:
+    """Return the present moment, in UTC."""
+    return datetime.now(UTC)
+
+
+def is_unicode(text: str) -> bool:
+    """Whether *text* has no lone surrogates, which no encoding can store."""
+    return text.isascii() or not any("\ud800" <= letter <= "\udfff" for letter in text)
+
+
+# JSON
+
+
+def encode_json(value: Any, *, field: str) -> str:
+    r"""Return *value* as JSON text that decodes to the same value.
+
+    Plain JSON comes back equal. Tuples, dates and times, UUIDs, decimals, paths, enums, dataclasses and pydantic
+    models are stored as the JSON they dump to.
+
+    Raises:
+        InvalidInputError: If *value* is or holds something that JSON can't say: NaN, an infinity, a set, bytes, a key
+            that is no string, ``\u0000``, a lone surrogate, an object of another kind, or more than 200 levels.
+    """
+    try:
+        # By default pydantic turns NaN into null; as a constant it stays visible.
+        encoded = to_json(value, inf_nan_mode="constants")
+        # Reading it back shows, faster than a walk would, whether anything was changed on the way.
+        unchanged = from_json(encoded) == value and b"Infinity" not in encoded and b"\\u0000" not in encoded
+    except (ValueError, RecursionError) as error:
+        _refuse_oddities(value, field)
+        raise InvalidInputError(field, value, f"{PLAIN_JSON} ({error})") from error
+    if not unchanged:
+        _refuse_oddities(value, field)
+    return encoded.decode()
+
+
+def decode_json(text: str) -> Any:
+    """Return the value of JSON *text*.
+
+    Raises:
+        ValueError: If *text* is not JSON.
+    """
+    try:
+        return from_json(text)
+    except ValueError:
+        # Python's own encoder, which older programs used, writes lone surrogates and deeper nesting.
+        try:
+            return json.loads(text)
+        except RecursionError:
+            raise ValueError("nested too deeply") from None
+
+
+def _refuse_oddities(value: Any, field: str, *, typed: bool = False) -> None:
+    """Raise for what JSON would change without a word. Inside a model or dataclass, *typed* fields restore sets."""
+    match value:
+        case str():
+            if "\0" in value:
+                raise InvalidInputError(field, value, "text without \\u0000")
+            if not is_unicode(value):
+                raise InvalidInputError(field, value, "text without lone surrogates")
+        case float():
+            if not math.isfinite(value):
+                raise InvalidInputError(field, value, "a finite number")
+        case dict():
+            for key, item in value.items():
+                if not isinstance(key, str) and not typed:
+                    raise InvalidInputError(f"{field}[{key!r}]", key, "a key that is a string")
+                if isinstance(key, str):
+                    _refuse_oddities(key, f"{field}[{key!r}]")
+                _refuse_oddities(item, f"{field}[{key!r}]", typed=typed)
+        case list() | tuple():
+            _refuse_in_each(value, field, typed=typed)
+        case set() | frozenset() if typed:
+            _refuse_in_each(value, field, typed=True)
+        case BaseModel():
+            for name, item in value:
+                _refuse_oddities(item, f"{field}.{name}", typed=True)
+        case _ if dataclasses.is_dataclass(value) and not isinstance(value, type):
+            for member in dataclasses.fields(value):
+                _refuse_oddities(getattr(value, member.name), f"{field}.{member.name}", typed=True)
+        case _ if not isinstance(value, _DUMPED) and not typed:
+            raise InvalidInputError(field, value, PLAIN_JSON)
+
+
+def _refuse_in_each(items: Iterable[Any], field: str, *, typed: bool) -> None:
+    for index, item in enumerate(items):
+        _refuse_oddities(item, f"{field}[{index}]", typed=typed)
+
+
+# Time
+
+
+def encode_iso(moment: datetime) -> str:
+    """Return fixed-width ISO-8601 in UTC, so that the order of texts is the order of times."""
+    return moment.astimezone(UTC).isoformat(timespec="microseconds")
+
+
+def encode_datetime(moment: datetime) -> str:
+    """Return UTC as ``CURRENT_TIMESTAMP`` writes it, with a fraction only where it isn't zero."""
+    return moment.astimezone(UTC).replace(tzinfo=None).isoformat(" ")
+
+
+def decode_time(text: str) -> datetime:
+    """Return the UTC moment that a stored *text* means.
+
+    A text with a zone says it itself. Without one, a space means UTC, as ``CURRENT_TIMESTAMP`` writes it, and a ``T``
+    means this process's local time, as older programs write it.
+
+    Raises:
+        ValueError: If *text* is no date and time.
+    """
+    moment = datetime.fromisoformat(text)
+    if moment.tzinfo is UTC:
+        return moment
+    if moment.tzinfo is None and text[10:11] != "T":
+        return moment.replace(tzinfo=UTC)
+    try:
+        return moment.astimezone(UTC)
+    except OverflowError:
+        raise ValueError(f"{text!r} is outside the years 1 to 9999 in UTC") from None
+
+
+# Columns
+
+
+class JSONText(TypeDecorator[Any]):
+    """A JSON value, stored as text. NULL reads as None."""
+
+    impl = Text
+    cache_ok = True
+    reads_null = True
+
+    def __init__(self, field: str = "value") -> None:
+        super().__init__()
+        self.field = field
+
+    def process_bind_param(self, value: Any, dialect: Dialect) -> str:
+        return encode_json(value, field=self.field)
+
+    def process_result_value(self, value: str | None, dialect: Dialect) -> Any:
+        return None if value is None else decode_json(value)
+
+
+class JSONObjectText(TypeDecorator[dict[str, Any]]):
+    """A JSON object, stored as text. NULL reads as an empty one."""
+
+    impl = Text
+    cache_ok = True
+    reads_null = True
+
+    def process_bind_param(self, value: dict[str, Any] | None, dialect: Dialect) -> str:
+        return encode_json({} if value is None else value, field="metadata")
+
+    def process_result_value(self, value: str | None, dialect: Dialect) -> dict[str, Any]:
+        if value is None:
+            return {}
+        decoded = decode_json(value)
+        if not isinstance(decoded, dict):
+            raise ValueError(f"a JSON object was expected, got {type(decoded).__name__}")
+        return decoded
+
+
+V = TypeVar("V", bound=Vocabulary)
+
+
+class EnumText(TypeDecorator[V], Generic[V]):
+    """A member of a vocabulary, stored by its value."""
+
+    impl = Text
+    cache_ok = True
+
+    def __init__(self, vocabulary: type[V]) -> None:
+        super().__init__()
+        self.vocabulary = vocabulary
+
+    def process_bind_param(self, value: V | str | None, dialect: Dialect) -> str | None:
+        return value.value if isinstance(value, Vocabulary) else value
+
+    def process_result_value(self, value: str | None, dialect: Dialect) -> V | None:
+        return None if value is None else self.vocabulary.read(value)
+
+
+class ISOText(TypeDecorator[datetime]):
+    """A moment, stored as fixed-width ISO-8601 text in UTC."""
+
+    impl = Text
+    cache_ok = True
+
+    def process_bind_param(self, value: datetime | None, dialect: Dialect) -> str | None:
+        return None if value is None else encode_iso(value)
+
+    def process_result_value(self, value: str | None, dialect: Dialect) -> datetime | None:
+        return None if value is None else decode_time(value)
+
+
+class Count(TypeDecorator[int]):
+    """How many of something. NULL, which raw SQL may have left there, reads as none."""
+
+    impl = Integer
+    cache_ok = True
+    reads_null = True
+
+    def process_result_value(self, value: int | None, dialect: Dialect) -> int:
+        return 0 if value is None else value
+
+
+class UTCDateTime(UserDefinedType[datetime]):
+    """A moment, stored in a DATETIME column in UTC, as ``CURRENT_TIMESTAMP`` writes it."""
+
+    cache_ok = True
+
+    def get_col_spec(self, **kw: Any) -> str:
+        return "DATETIME"
+
+    def bind_processor(self, dialect: Dialect) -> Callable[[datetime | None], str | None]:
+        return lambda value: None if value is None else encode_datetime(value)
+
+    def result_processor(self, dialect: Dialect, coltype: object) -> Callable[[str | None], datetime | None]:
+        return lambda value: None if value is None else decode_time(value)
