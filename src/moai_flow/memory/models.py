@@ -9,7 +9,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any, ClassVar, NamedTuple
 
 import uuid_utils
-from sqlalchemy import REAL, Column, ColumnElement, Index, Integer, Table, Text, UniqueConstraint, literal_column, text
+from sqlalchemy import Column, ColumnElement, Index, Integer, Table, Text, UniqueConstraint, literal_column, text
 from sqlalchemy.orm import registry
 from sqlmodel import Field, SQLModel
 
@@ -21,7 +21,7 @@ from moai_flow.memory.enums import (
     SwarmMetricType,
     TaskResult,
 )
-from moai_flow.memory.types import Count, EnumText, ISOText, JSONObjectText, JSONText, UTCDateTime, utc_now
+from moai_flow.memory.types import Count, EnumText, ISOText, JSONObjectText, JSONText, Real, UTCDateTime, utc_now
 
 _NOW: dict[str, Any] = {"server_default": text("CURRENT_TIMESTAMP")}
 _ZERO: dict[str, Any] = {"server_default": text("0")}
@@ -65,16 +65,6 @@ class Record(SQLModel, registry=registry()):
         return self[column] if column in self else default  # noqa: SIM401 (this is that get)
 
 
-def _metadata_column() -> Any:
-    # Declarative classes reserve "metadata": only the column and the alias keep the name.
-    return Field(
-        default_factory=dict,
-        alias="metadata",
-        sa_column=Column("metadata", JSONObjectText),
-        description="Whatever else the writer wants to keep: a JSON object.",
-    )
-
-
 class EventCursor(NamedTuple):
     """A position in the order of events, to page from. It stays valid when its event is deleted."""
 
@@ -104,7 +94,13 @@ class AgentEvent(Record, table=True):
     agent_id: str = Field(sa_type=Text, description="The agent that it happened to.")
     agent_type: str = Field(sa_type=Text, description="What kind of agent that is.")
     timestamp: datetime = Field(default_factory=utc_now, sa_type=ISOText, description="When it happened, in UTC.")
-    metadata_: dict[str, Any] = _metadata_column()
+    # Declarative classes reserve "metadata": only the column and the alias keep the name.
+    metadata_: dict[str, Any] = Field(
+        default_factory=dict,
+        alias="metadata",
+        sa_column=Column("metadata", JSONObjectText),
+        description="Whatever else its writer wants to keep: a JSON object.",
+    )
     created_at: datetime = Field(
         default_factory=utc_now,
         sa_type=ISOText,
@@ -137,16 +133,21 @@ class RegisteredAgent(Record, table=True):
     )
     spawn_time: float = Field(
         default_factory=lambda: utc_now().timestamp(),
-        sa_type=REAL,
+        sa_type=Real,
         description="When it was last registered, in seconds since the epoch.",
     )
     complete_time: float | None = Field(
-        default=None, sa_type=REAL, description="When it ended, in seconds since the epoch; None while it hasn't."
+        default=None, sa_type=Real, description="When it ended, in seconds since the epoch; None while it hasn't."
     )
     duration_ms: int | None = Field(
         default=None, description="How long it took, in milliseconds, where its writer said so."
     )
-    metadata_: dict[str, Any] = _metadata_column()
+    metadata_: dict[str, Any] = Field(
+        default_factory=dict,
+        alias="metadata",
+        sa_column=Column("metadata", JSONObjectText),
+        description="Whatever else its writer wants to keep: a JSON object.",
+    )
     last_updated: datetime = Field(
         default_factory=utc_now,
         sa_type=ISOText,
@@ -268,8 +269,13 @@ class AgentMetric(Record, table=True):
     )
     agent_id: str = Field(sa_type=Text, description="The agent that it measures.")
     metric_type: AgentMetricType = Field(sa_type=EnumText(AgentMetricType), description="What it measures.")
-    value: float = Field(sa_type=REAL, description="The figure.")
-    metadata_: dict[str, Any] = _metadata_column()
+    value: float = Field(sa_type=Real, description="The figure.")
+    metadata_: dict[str, Any] = Field(
+        default_factory=dict,
+        alias="metadata",
+        sa_column=Column("metadata", JSONObjectText),
+        description="Whatever else its writer wants to keep: a JSON object.",
+    )
     timestamp: datetime = Field(
         default_factory=utc_now,
         nullable=True,
@@ -296,8 +302,13 @@ class SwarmMetric(Record, table=True):
     )
     swarm_id: str = Field(sa_type=Text, description="The swarm that it measures.")
     metric_type: SwarmMetricType = Field(sa_type=EnumText(SwarmMetricType), description="What it measures.")
-    value: float = Field(sa_type=REAL, description="The figure.")
-    metadata_: dict[str, Any] = _metadata_column()
+    value: float = Field(sa_type=Real, description="The figure.")
+    metadata_: dict[str, Any] = Field(
+        default_factory=dict,
+        alias="metadata",
+        sa_column=Column("metadata", JSONObjectText),
+        description="Whatever else its writer wants to keep: a JSON object.",
+    )
     timestamp: datetime = Field(
         default_factory=utc_now,
         nullable=True,

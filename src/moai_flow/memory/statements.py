@@ -217,9 +217,12 @@ def _shown(value: object) -> str:
     return shown if len(shown) <= 60 else shown[:60] + "…"
 
 
+_KINDS: dict[str, set[type]] = {"INTEGER": {int}, "REAL": {float, int}}
+
+
 def _stored_kinds(model: type[Record], name: str, column: Column[Any]) -> frozenset[type]:
     """Return the types of a column's values as the driver gives them. SQLite itself takes anything anywhere."""
-    kinds: set[type] = {{"INTEGER": int, "REAL": float}.get(str(column.type), str)}
+    kinds: set[type] = set(_KINDS.get(str(column.type), {str}))
     annotation = model.model_fields[name].annotation
     if getattr(column.type, "reads_null", False) or type(None) in getattr(annotation, "__args__", ()):
         kinds.add(type(None))

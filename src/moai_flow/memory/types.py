@@ -17,7 +17,7 @@ from uuid import UUID
 
 from pydantic import BaseModel
 from pydantic_core import from_json, to_json
-from sqlalchemy import Dialect, Integer, Text, TypeDecorator
+from sqlalchemy import REAL, Dialect, Integer, Text, TypeDecorator
 from sqlalchemy.types import UserDefinedType
 
 from moai_flow.memory.enums import Vocabulary
@@ -220,6 +220,16 @@ class ISOText(TypeDecorator[datetime]):
 
     def process_result_value(self, value: str | None, dialect: Dialect) -> datetime | None:
         return None if value is None else decode_time(value)
+
+
+class Real(TypeDecorator[float]):
+    """A float. RETURNING gives whole ones as int, since that is how SQLite keeps them."""
+
+    impl = REAL
+    cache_ok = True
+
+    def process_result_value(self, value: float | None, dialect: Dialect) -> float | None:
+        return None if value is None else float(value)
 
 
 class Count(TypeDecorator[int]):

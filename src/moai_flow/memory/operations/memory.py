@@ -254,7 +254,10 @@ def _validated(as_type: type[T], stored: str) -> T:
         validated: T = _adapter(cast(Any, as_type)).validate_json(stored)
     except ValidationError as error:
         decode_json(stored)  # What is no JSON at all is the row's fault, not the type's.
-        raise InvalidInputError("as_type", as_type, f"a type that the stored value is valid for ({error})") from error
+        problems = "; ".join(f"{'.'.join(map(str, found['loc']))}: {found['msg']}" for found in error.errors())
+        raise InvalidInputError(
+            "as_type", as_type, f"a type that the stored value is valid for ({problems})"
+        ) from error
     except (PydanticUserError, TypeError) as error:
         raise InvalidInputError("as_type", as_type, f"a type that pydantic can validate ({error})") from error
     return validated

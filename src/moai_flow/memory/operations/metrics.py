@@ -17,6 +17,7 @@ from moai_flow.memory.enums import (
     TaskResult,
     TaskResultLike,
 )
+from moai_flow.memory.errors import InvalidInputError
 from moai_flow.memory.models import AgentMetric, Record, SwarmMetric, TaskMetric, table_of
 from moai_flow.memory.scope import Scope
 from moai_flow.memory.statements import Query, Statement
@@ -100,7 +101,10 @@ class MetricOperations(Scope):
             "timestamp": kept,
         }
         while not self._write(_INSERT_TASK, row).rowcount:
-            kept = row["timestamp"] = kept + timedelta(microseconds=1)
+            try:
+                kept = row["timestamp"] = kept + timedelta(microseconds=1)
+            except OverflowError:
+                raise InvalidInputError("timestamp", timestamp, "a time after which another one fits") from None
         return kept
 
     def store_agent_metric(
