@@ -1,0 +1,510 @@
+"""Transactions: whose they are, what joins them, what ends them."""
+
+import asyncio
+import contextvars
+import sqlite3
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from sqlalchemy.exc import IntegrityError
+from sqlmodel import col, select
+
+from conftest import Clock
+from moai_flow.memory import (
+    AgentEvent,
+    AgentStatus,
+    BusyError,
+    ClosedError,
+    ConflictError,
+    EventData,
+    EventType,
+    RegisteredAgent,
+    SwarmDB,
+    TransactionError,
+)
+
+EVENT: EventData = {"event_type": "spawn", "agent_id": "a", "agent_type": "t"}
+
+
+class OopsError(Exception):
+    """What tests raise inside blocks."""
+
+
+def agents(db: SwarmDB) -> set[str]:
+    return {agent.agent_id for agent in db.list_agents()}
+
+
+@pytest.fixture
+def impatient(path: Path, clock: Clock) -> Iterator[SwarmDB]:
+    """A store in a file that waits for nobody."""
+    with SwarmDB(path, clock=clock, busy_timeout=0) as store:
+        yield store
+
+
+def test_domain_methods_join_a_transaction_and_share_its_fate(db: SwarmDB) -> None:
+    with pytest.raises(OopsError), db.transaction() as conn:
+        conn.execute(
+            "INSERT INTO agent_registry (agent_id, agent_type, status, spawn_time) VALUES ('raw','t','error',1)"
+        )
+        db.register_agent("domain", "t")
+        db.insert_events([EVENT, EVENT])
+        db.store_memory("s", "semantic", "k", 1)
+        db.delete_memory("s", "semantic", "k")
+        assert agents(db) == {"raw", "domain"}
+        assert len(db.get_events()) == 2
+        raise OopsError
+
+    assert agents(db) == set()
+    assert db.get_events() == []
+
+
+def test_what_a_block_did_is_committed_at_its_end(file_db: SwarmDB) -> None:
+    with SwarmDB(file_db.db_path) as other:
+        with file_db.transaction():
+            file_db.register_agent("a", "t")
+            assert agents(other) == set()
+        assert agents(other) == {"a"}
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit, GeneratorExit, asyncio.CancelledError])
+def test_any_exception_rolls_back(db: SwarmDB, error: type[BaseException]) -> None:
+    with pytest.raises(error), db.transaction():
+        db.register_agent("a", "t")
+        raise error
+
+    assert agents(db) == set()
+    db.register_agent("b", "t")
+    assert agents(db) == {"b"}
+
+
+def test_a_caught_failure_of_an_inner_block_undoes_only_that(db: SwarmDB) -> None:
+    with db.transaction():
+        db.register_agent("outer", "t")
+        with pytest.raises(OopsError), db.transaction():
+            db.register_agent("inner", "t")
+            with db.session() as session:
+                session.add(RegisteredAgent(agent_id="innermost", agent_type="t"))
+            raise OopsError
+        with db.session() as session:
+            session.add(RegisteredAgent(agent_id="second", agent_type="t"))
+        with pytest.raises(ConflictError):
+            db.insert_events(
+                [EVENT, AgentEvent(event_type=EventType.SPAWN, agent_id="a", agent_type="t", event_id="x")] * 2
+            )
+        db.register_agent("after", "t")
+
+    assert agents(db) == {"outer", "second", "after"}
+    assert db.get_events() == []
+
+
+def test_rows_are_addressed_by_name_and_only_inside(db: SwarmDB) -> None:
+    db.register_agent("a", "t")
+    with db.transaction() as conn:
+        row = conn.execute("SELECT * FROM agent_registry").fetchone()
+        assert isinstance(row, sqlite3.Row)
+        assert row["agent_id"] == "a"
+        assert db.get_agent("a") is not None
+
+    assert db.get_agent("a") is not None
+
+
+def test_a_session_is_typed_and_joined(db: SwarmDB) -> None:
+    with db.session() as session:
+        session.add(RegisteredAgent(agent_id="a", agent_type="t", metadata={"k": [1]}))
+        found = db.get_agent("a")  # The domain call sees what is pending.
+        assert found is not None
+        assert found.metadata_ == {"k": [1]}
+        db.update_agent_status("a", "running")
+        loaded = session.exec(select(RegisteredAgent).where(col(RegisteredAgent.status) == AgentStatus.RUNNING)).one()
+        db.update_agent_status("a", "error")
+        assert loaded.status is AgentStatus.ERROR  # The session sees what the domain call wrote.
+
+    assert agents(db) == {"a"}
+
+
+def test_objects_of_a_session_stay_readable_after_it(db: SwarmDB) -> None:
+    db.register_agent("a", "t")
+    with db.session() as session:
+        loaded = session.exec(select(RegisteredAgent)).one()
+
+    assert loaded.agent_id == "a"
+
+
+def test_a_session_edits_what_a_domain_method_returned(db: SwarmDB) -> None:
+    db.register_agent("a", "t")
+    db.register_agent("gone", "t")
+    agent, gone = db.get_agent("a"), db.get_agent("gone")
+    assert agent is not None
+    with db.session() as session:
+        session.add(agent)
+        agent.agent_type = "other"
+        session.delete(session.merge(gone))
+
+    assert [(found.agent_id, found.agent_type) for found in db.list_agents()] == [("a", "other")]
+
+
+def test_a_commit_of_the_session_is_final_only_with_the_block(db: SwarmDB) -> None:
+    with pytest.raises(OopsError), db.session() as session:
+        session.add(RegisteredAgent(agent_id="a", agent_type="t"))
+        session.commit()
+        session.add(RegisteredAgent(agent_id="b", agent_type="t"))
+        session.commit()
+        assert agents(db) == {"a", "b"}
+        raise OopsError
+
+    assert agents(db) == set()
+
+
+def test_a_conflict_at_the_end_of_a_session_is_a_conflict_error(db: SwarmDB) -> None:
+    db.register_agent("a", "t")
+    with pytest.raises(ConflictError), db.session() as session:
+        session.add(RegisteredAgent(agent_id="b", agent_type="t"))
+        session.add(RegisteredAgent(agent_id="a", agent_type="other"))
+
+    assert [(agent.agent_id, agent.agent_type) for agent in db.list_agents()] == [("a", "t")]
+
+
+def test_a_conflict_before_a_domain_call_in_a_session_is_a_conflict_error(db: SwarmDB) -> None:
+    db.register_agent("a", "t")
+    with pytest.raises(ConflictError), db.session() as session:
+        session.add(RegisteredAgent(agent_id="a", agent_type="other"))
+        db.get_events()
+
+
+def test_sessions_own_errors_pass_through(db: SwarmDB) -> None:
+    db.register_agent("a", "t")
+    with pytest.raises(IntegrityError), db.session() as session:
+        session.add(RegisteredAgent(agent_id="a", agent_type="other"))
+        session.flush()
+
+
+def test_a_read_only_session_is_a_snapshot(file_db: SwarmDB) -> None:
+    file_db.register_agent("a", "t")
+    with SwarmDB(file_db.db_path, busy_timeout=0) as other, file_db.session(readonly=True) as session:
+        other.register_agent("b", "t")  # It waits for nobody, and keeps nobody waiting.
+
+        assert agents(file_db) == {"a"}
+        assert len(session.exec(select(RegisteredAgent)).all()) == 1
+        assert agents(other) == {"a", "b"}
+
+    assert agents(file_db) == {"a", "b"}
+
+
+def test_a_read_only_session_refuses_every_write(db: SwarmDB) -> None:
+    with db.session(readonly=True):
+        with pytest.raises(TransactionError, match="refuses writes"):
+            db.register_agent("a", "t")
+        with pytest.raises(TransactionError, match="refuses writes"), db.transaction():
+            pass
+        with pytest.raises(TransactionError, match="refuses writes"):
+            db.insert_events([EVENT])
+        with db.session(readonly=True):
+            assert agents(db) == set()
+        raw = db._get_connection()
+        with pytest.raises(sqlite3.OperationalError, match="readonly"):
+            raw.execute("DELETE FROM agent_registry")
+    with pytest.raises(TransactionError, match="writes nothing"), db.session(readonly=True) as session:
+        session.add(RegisteredAgent(agent_id="a", agent_type="t"))
+
+    assert agents(db) == set()
+    db.register_agent("b", "t")
+    assert agents(db) == {"b"}
+
+
+def test_a_read_only_session_inside_a_transaction_refuses_writes_until_it_ends(db: SwarmDB) -> None:
+    with db.transaction() as conn:
+        db.register_agent("a", "t")
+        with db.session(readonly=True):
+            assert agents(db) == {"a"}
+            with pytest.raises(sqlite3.OperationalError, match="readonly"):
+                conn.execute("DELETE FROM agent_registry")
+        db.register_agent("b", "t")
+
+    assert agents(db) == {"a", "b"}
+
+
+@pytest.mark.parametrize("end", ["commit", "rollback"])
+def test_a_raw_end_inside_a_block_is_noticed(db: SwarmDB, end: str) -> None:
+    with pytest.raises(TransactionError, match="ended inside"), db.transaction() as conn:
+        conn.execute("INSERT INTO agent_registry (agent_id, agent_type, status, spawn_time) VALUES ('a','t','error',1)")
+        getattr(conn, end)()
+
+    assert agents(db) == ({"a"} if end == "commit" else set())
+    db.register_agent("after", "t")
+    assert "after" in agents(db)
+
+
+@pytest.mark.parametrize("end", ["commit", "rollback"])
+def test_no_write_slips_out_after_a_raw_end(db: SwarmDB, end: str) -> None:
+    with pytest.raises(TransactionError, match="ended inside"), db.transaction() as conn:
+        getattr(conn, end)()
+        conn.execute(
+            "INSERT INTO agent_registry (agent_id, agent_type, status, spawn_time) VALUES ('raw','t','error',1)"
+        )
+        db.register_agent("domain", "t")
+        with db.transaction():
+            db.register_agent("nested", "t")
+
+    assert agents(db) == set()
+
+
+@pytest.mark.parametrize("end", ["commit", "rollback"])
+def test_a_domain_call_right_after_a_raw_end_is_refused(db: SwarmDB, end: str) -> None:
+    with pytest.raises(TransactionError, match="ended inside"), db.transaction() as conn:
+        getattr(conn, end)()
+        for call in (lambda: db.register_agent("a", "t"), db.get_events, lambda: db.session().__enter__()):
+            with pytest.raises(TransactionError, match="ended inside"):
+                call()
+
+    assert agents(db) == set()
+
+
+def test_an_exception_after_a_raw_end_is_the_one_that_comes_out(db: SwarmDB) -> None:
+    with pytest.raises(OopsError), db.transaction(), db.transaction() as conn:
+        conn.commit()
+        conn.execute("INSERT INTO agent_registry (agent_id, agent_type, status, spawn_time) VALUES ('a','t','error',1)")
+        raise OopsError
+    with pytest.raises(OopsError), db.session() as session:
+        session.add(RegisteredAgent(agent_id="a", agent_type="t"))
+        db._get_connection().rollback()
+        raise OopsError
+
+    assert agents(db) == set()
+
+
+def test_a_raw_end_inside_a_session_is_noticed(db: SwarmDB) -> None:
+    with pytest.raises(TransactionError, match="ended inside"), db.session() as session:
+        session.add(RegisteredAgent(agent_id="a", agent_type="t"))
+        db._get_connection().rollback()
+
+    assert agents(db) == set()
+
+
+def test_a_connection_that_is_closed_inside_a_block_is_noticed(file_db: SwarmDB) -> None:
+    with pytest.raises(TransactionError, match="ended inside"), file_db.transaction() as conn:
+        file_db.register_agent("a", "t")
+        conn.close()  # type: ignore[attr-defined]
+
+    assert agents(file_db) == set()
+    file_db.register_agent("b", "t")
+    assert agents(file_db) == {"b"}
+
+
+def test_a_second_writer_waits_and_then_gives_up(impatient: SwarmDB) -> None:
+    refused: list[BaseException] = []
+
+    def write() -> None:
+        for call in (
+            lambda: impatient.register_agent("b", "t"),
+            lambda: impatient.insert_event(EVENT),
+            lambda: impatient.insert_events([EVENT]),
+            lambda: impatient.transaction().__enter__(),
+        ):
+            try:
+                call()
+            except BusyError as error:
+                refused.append(error)
+
+    with impatient.transaction():
+        impatient.register_agent("a", "t")
+        thread = threading.Thread(target=write)
+        thread.start()
+        thread.join()
+
+    assert len(refused) == 4
+    assert all(isinstance(error, sqlite3.OperationalError) for error in refused)
+    assert agents(impatient) == {"a"}
+    assert impatient.get_events() == []
+
+
+def test_another_thread_does_not_join_even_with_a_copied_context(file_db: SwarmDB) -> None:
+    seen: list[set[str]] = []
+    with file_db.transaction():
+        file_db.register_agent("a", "t")
+        context = contextvars.copy_context()
+        thread = threading.Thread(target=lambda: context.run(lambda: seen.append(agents(file_db))))
+        thread.start()
+        thread.join()
+
+    assert seen == [set()]
+
+
+def test_read_modify_write_loses_no_update(file_db: SwarmDB) -> None:
+    file_db.register_agent("counter", "t", metadata={"count": 0})
+
+    def count_up() -> None:
+        for _ in range(25):
+            with file_db.session() as session:
+                agent = session.get_one(RegisteredAgent, "counter")
+                agent.metadata_ = {"count": agent.metadata_["count"] + 1}
+
+    threads = [threading.Thread(target=count_up) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+    counter = file_db.get_agent("counter")
+    assert counter is not None
+    assert counter.metadata_ == {"count": 100}
+
+
+def test_another_task_of_the_thread_is_refused_at_once_and_reads_what_is_committed(file_db: SwarmDB) -> None:
+    async def holder(entered: asyncio.Event, leave: asyncio.Event) -> None:
+        with file_db.transaction():
+            file_db.register_agent("mine", "t")
+            entered.set()
+            await leave.wait()
+            assert agents(file_db) == {"mine"}
+            file_db.update_agent_status("mine", "running")
+
+    async def main() -> None:
+        entered, leave = asyncio.Event(), asyncio.Event()
+        task = asyncio.create_task(holder(entered, leave))
+        await entered.wait()
+        async with asyncio.timeout(5):  # The busy timeout is 30 seconds.
+            assert agents(file_db) == set()
+            with pytest.raises(BusyError, match="another asyncio task of this thread"):
+                file_db.register_agent("other", "t")
+            with pytest.raises(BusyError, match="another asyncio task of this thread"), file_db.transaction():
+                pass
+            with file_db.session(readonly=True):
+                assert agents(file_db) == set()
+        leave.set()
+        await task
+
+    asyncio.run(main())
+
+    assert agents(file_db) == {"mine"}
+
+
+def test_in_memory_a_reading_task_is_refused_as_well() -> None:
+    async def main() -> None:
+        with db.transaction():
+            async with asyncio.timeout(5):
+                with pytest.raises(BusyError):
+                    await asyncio.create_task(read())
+
+    async def read() -> None:
+        db.list_agents()
+
+    with SwarmDB(":memory:") as db:
+        asyncio.run(main())
+
+
+def test_tasks_of_a_thread_may_read_side_by_side(file_db: SwarmDB) -> None:
+    file_db.register_agent("a", "t")
+
+    async def read(others: asyncio.Barrier) -> int:
+        with file_db.session(readonly=True):
+            await others.wait()
+            return len(agents(file_db))
+
+    async def main() -> list[int]:
+        barrier = asyncio.Barrier(3)
+        return await asyncio.gather(*(read(barrier) for _ in range(3)))
+
+    assert asyncio.run(main()) == [1, 1, 1]
+
+
+def test_to_thread_inside_a_block_does_not_join_it(file_db: SwarmDB) -> None:
+    async def main() -> set[str]:
+        with file_db.transaction():
+            file_db.register_agent("a", "t")
+            return await asyncio.to_thread(agents, file_db)
+
+    assert asyncio.run(main()) == set()
+
+
+def test_a_block_may_end_in_another_thread(file_db: SwarmDB) -> None:
+    block = file_db.transaction()
+    block.__enter__()
+    file_db.register_agent("a", "t")
+    thread = threading.Thread(target=lambda: block.__exit__(None, None, None))
+    thread.start()
+    thread.join()
+
+    assert agents(file_db) == {"a"}
+    file_db.register_agent("b", "t")
+    assert agents(file_db) == {"a", "b"}
+
+
+def test_the_pinned_connection_is_the_same_for_a_thread_and_another_for_others(file_db: SwarmDB) -> None:
+    mine = file_db._get_connection()
+    others: list[object] = []
+    thread = threading.Thread(target=lambda: others.append(file_db._get_connection()))
+    thread.start()
+    thread.join()
+
+    assert file_db._get_connection() is mine
+    assert others[0] is not mine
+
+
+def test_the_pinned_connection_is_the_transactions_inside_one(db: SwarmDB) -> None:
+    with db.transaction() as conn:
+        assert db._get_connection() is conn
+
+
+def test_what_the_pinned_connection_wrote_counts_once_it_is_committed(file_db: SwarmDB) -> None:
+    conn = file_db._get_connection()
+    conn.execute("INSERT INTO agent_registry (agent_id, agent_type, status, spawn_time) VALUES ('a','t','error',1)")
+    assert agents(file_db) == set()
+    conn.commit()
+    assert agents(file_db) == {"a"}
+
+
+def test_a_domain_write_beside_an_open_pinned_transaction_is_refused(file_db: SwarmDB) -> None:
+    conn = file_db._get_connection()
+    conn.execute("DELETE FROM agent_registry")
+    for call in (
+        lambda: file_db.register_agent("a", "t"),
+        lambda: file_db.insert_event(EVENT),
+        lambda: file_db.insert_events([EVENT]),
+        lambda: file_db.session().__enter__(),
+    ):
+        with pytest.raises(TransactionError, match="_get_connection"):
+            call()
+    assert agents(file_db) == set()
+
+    conn.rollback()
+    file_db.register_agent("a", "t")
+    assert agents(file_db) == {"a"}
+
+
+def test_a_pinned_connection_that_was_closed_is_replaced(file_db: SwarmDB) -> None:
+    conn = file_db._get_connection()
+    conn.close()  # type: ignore[attr-defined]
+
+    file_db.register_agent("a", "t")
+    assert file_db._get_connection().execute("SELECT agent_id FROM agent_registry").fetchone()["agent_id"] == "a"
+
+
+def test_blocks_and_calls_after_close_are_refused(db: SwarmDB) -> None:
+    with pytest.raises(ClosedError), db.transaction():
+        db.register_agent("a", "t")
+        db.close()
+        db.register_agent("b", "t")
+    for call in (db.get_events, db.vacuum, db._get_connection, lambda: db.session().__enter__()):
+        with pytest.raises(ClosedError):
+            call()
+
+
+def test_a_block_that_is_open_at_close_commits(path: Path) -> None:
+    db = SwarmDB(path)
+    with db.transaction() as conn:
+        db.register_agent("a", "t")
+        db.close()
+        conn.execute("UPDATE agent_registry SET agent_type = 'kept'")
+
+    with SwarmDB(path) as again:
+        assert [agent.agent_type for agent in again.list_agents()] == ["kept"]
+
+
+def test_vacuum_and_backup_are_refused_in_a_block(db: SwarmDB, tmp_path: Path) -> None:
+    with db.transaction():
+        with pytest.raises(TransactionError, match="vacuum"):
+            db.vacuum()
+        with pytest.raises(TransactionError, match="backup"):
+            db.backup(tmp_path / "copy.db")
