@@ -357,6 +357,8 @@ class Scope:
             if outer.readonly and not readonly:
                 raise TransactionError(_READ_ONLY)
             self._prepare(outer)
+            for session in outer.sessions:
+                session.connection()  # Its savepoint must stand outside this block's, which would end it.
             with self._entered(Block(outer.held, outer.task, outer, readonly=readonly)) as block:
                 yield block
             return
