@@ -5,6 +5,8 @@ import os
 import sqlite3
 import threading
 import weakref
+from contextlib import closing, suppress
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import Connection, Engine
@@ -177,6 +179,23 @@ class Connections:
             except IndexError:  # Another thread took the last one.
                 return
             held.close()
+
+
+def copy_to(raw: sqlite3.Connection, target: Path) -> None:
+    """Copy the database behind *raw* into a file, which appears when it is complete.
+
+    Raises:
+        sqlite3.Error: If the database can't be read, or the copy can't be written.
+        OSError: If the copy can't take its place.
+    """
+    unfinished = target.with_name(f"{target.name}.{os.getpid()}.tmp")
+    try:
+        with closing(sqlite3.connect(unfinished)) as copy:
+            raw.backup(copy)
+        unfinished.replace(target)
+    finally:
+        with suppress(OSError):
+            unfinished.unlink()
 
 
 _instances: weakref.WeakSet[Connections] = weakref.WeakSet()

@@ -15,9 +15,20 @@ The ``sqlite3`` bases keep ``except`` clauses true that were written for the bar
 """
 
 import sqlite3
+from reprlib import Repr
 from typing import Any, Self
 
-_SHOWN = 80
+_brief = Repr()
+_brief.maxlevel = 3
+_brief.maxstring = _brief.maxother = _brief.maxlong = 80
+
+
+def shown(value: object) -> str:
+    """Return *value* as it is shown in messages: short, however large or deep it is."""
+    try:
+        return _brief.repr(value)
+    except ValueError:  # An int of more digits than Python prints.
+        return f"an {type(value).__name__} of many digits"
 
 
 def _rebuild(error: type["SwarmDBError"], args: tuple[Any, ...], facts: dict[str, Any]) -> "SwarmDBError":
@@ -45,10 +56,7 @@ class InvalidInputError(SwarmDBError, ValueError):
     """
 
     def __init__(self, field: str, value: object, expected: str) -> None:
-        shown = repr(value)
-        if len(shown) > _SHOWN:
-            shown = shown[:_SHOWN] + "…"
-        super().__init__(f"{field}: got {shown}, expected {expected}")
+        super().__init__(f"{field}: got {shown(value)}, expected {expected}")
         self.field = field
         self.value = value
         self.expected = expected

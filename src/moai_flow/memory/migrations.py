@@ -1,6 +1,5 @@
 """Bringing a file of an older program, or an empty one, to this version: once, under the write lock, all or nothing."""
 
-import os
 import re
 import sqlite3
 import time
@@ -27,7 +26,7 @@ from sqlalchemy import (
     update,
 )
 
-from moai_flow.memory.connections import Held
+from moai_flow.memory.connections import Held, copy_to
 from moai_flow.memory.engine import Location
 from moai_flow.memory.errors import BusyError, ConflictError, SchemaError, StorageError
 from moai_flow.memory.models import (
@@ -176,16 +175,12 @@ def _copy_aside(path: Path, version: str) -> None:
     target = path.with_name(f"{path.name}.{version}.bak")
     if target.exists():
         return
-    unfinished = path.with_name(f"{target.name}.{os.getpid()}.tmp")
     try:
         # Through a connection of its own: it reads what is committed, whatever journal the file uses.
-        with closing(sqlite3.connect(path)) as source, closing(sqlite3.connect(unfinished)) as copy:
-            source.backup(copy)
-        unfinished.replace(target)
+        with closing(sqlite3.connect(path)) as source:
+            copy_to(source, target)
     except (sqlite3.Error, OSError) as error:
         raise StorageError(f"{path}: the copy to {target} that comes before the migration failed: {error}") from error
-    finally:
-        unfinished.unlink(missing_ok=True)
 
 
 # Times of older programs
@@ -260,7 +255,10 @@ def _store(raw: sqlite3.Connection, program: Program, rowid: int, moment: dateti
     while True:
         try:
             program.execute(raw, program.bind({"rowid_": rowid, "moment": moment}))
-        except ConflictError:
+        except ConflictError as error:
+            cause = error.__cause__
+            if not isinstance(cause, sqlite3.Error) or cause.sqlite_errorcode != sqlite3.SQLITE_CONSTRAINT_PRIMARYKEY:
+                raise
             # Another metric of the task has this time in its key: take the next free one, as an insert would.
             moment += timedelta(microseconds=1)
         else:

@@ -114,7 +114,11 @@ class Block:
             if error.sqlite_errorcode == sqlite3.SQLITE_ERROR:  # There is no such savepoint.
                 raise TransactionError(_ENDED_INSIDE) from error
             raise
-        if self.outer is None:
+        if self.outer is not None:
+            return
+        if self.readonly:
+            self._root().rollback()  # There is nothing to commit, and a damaged file would fail even that.
+        else:
             self._root().commit()
 
     def undo(self) -> None:

@@ -16,7 +16,7 @@ from sqlalchemy.orm import class_mapper
 from sqlalchemy.sql.compiler import SQLCompiler
 from sqlalchemy.sql.expression import ClauseElement
 
-from moai_flow.memory.errors import BusyError, ConflictError, CorruptDataError, StorageError, SwarmDBError
+from moai_flow.memory.errors import BusyError, ConflictError, CorruptDataError, StorageError, SwarmDBError, shown
 from moai_flow.memory.models import Record, columns
 from moai_flow.memory.types import is_unicode
 
@@ -172,17 +172,17 @@ class RowDecoder(Generic[R]):
         key = {self.columns[index].name: row[index] for index in self._key}
         found = []
         for value, column, kinds, decode in zip(row, self.columns, self._kinds, self._decoders, strict=True):
-            reason = None
+            reason, held = None, "NULL" if value is None else shown(value)
             if type(value) not in kinds:
                 wanted = " or ".join(sorted("NULL" if kind is type(None) else kind.__name__ for kind in kinds))
-                reason = f"holds {_shown(value)}, where {wanted} is expected"
+                reason = f"holds {held}, where {wanted} is expected"
             elif isinstance(value, str) and not is_unicode(value):
-                reason = f"holds {_shown(value)}, which is not UTF-8"
+                reason = f"holds {held}, which is not UTF-8"
             elif decode is not None:
                 try:
                     decode(value)
                 except ValueError as error:
-                    reason = f"holds {_shown(value)}, which can't be decoded: {error}"
+                    reason = f"holds {held}, which can't be decoded: {error}"
             if reason is not None:
                 found.append(CorruptDataError(str(self.model.__tablename__), column.name, key, reason))
         return found
@@ -208,13 +208,6 @@ def _fetch_leniently(raw: Any, sql: str, bound: tuple[Any, ...]) -> list[Row]:
         return list(raw.execute(sql, bound))
     finally:
         raw.text_factory = str
-
-
-def _shown(value: object) -> str:
-    if value is None:
-        return "NULL"
-    shown = repr(value)
-    return shown if len(shown) <= 60 else shown[:60] + "…"
 
 
 _KINDS: dict[str, set[type]] = {"INTEGER": {int}, "REAL": {float, int}}

@@ -8,6 +8,7 @@ import dataclasses
 import json
 import math
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from datetime import UTC, date, datetime, time, timedelta
 from decimal import Decimal
 from enum import Enum
@@ -55,8 +56,9 @@ def encode_json(value: Any, *, field: str) -> str:
         encoded = to_json(value, inf_nan_mode="constants")
         # Reading it back shows, faster than a walk would, whether anything was changed on the way.
         unchanged = from_json(encoded) == value and b"Infinity" not in encoded and b"\\u0000" not in encoded
-    except (ValueError, RecursionError) as error:
-        _refuse_oddities(value, field)
+    except ValueError as error:
+        with suppress(RecursionError):
+            _refuse_oddities(value, field)
         raise InvalidInputError(field, value, f"{PLAIN_JSON} ({error})") from error
     if not unchanged:
         _refuse_oddities(value, field)

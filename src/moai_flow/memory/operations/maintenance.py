@@ -3,7 +3,8 @@
 import os
 import sqlite3
 from collections import Counter
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -26,6 +27,7 @@ from sqlalchemy import (
 )
 
 from moai_flow.memory import inputs
+from moai_flow.memory.connections import copy_to
 from moai_flow.memory.errors import CorruptDataError, InvalidInputError, SchemaError, StorageError, TransactionError
 from moai_flow.memory.migrations import time_columns, unnormalised
 from moai_flow.memory.models import TABLES, AgentEvent, Record, SchemaInfo, SessionMemory, rowid_column, table_of
@@ -212,17 +214,13 @@ class MaintenanceOperations(Scope):
             raise InvalidInputError("path", str(path), "a file that is not the database itself")
         if target.exists() and not overwrite:
             raise InvalidInputError("path", str(path), "a file that does not exist yet, or overwrite=True")
-        unfinished = target.with_name(f"{target.name}.{os.getpid()}.tmp")
         held = self._connections.take()
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
-            with closing(sqlite3.connect(unfinished)) as copy:
-                held.raw.backup(copy)
-            unfinished.replace(target)
+            copy_to(held.raw, target)
         except (sqlite3.Error, OSError) as error:
             raise StorageError(f"{target}: the backup can't be written: {error}") from error
         finally:
-            unfinished.unlink(missing_ok=True)
             self._connections.give(held)
         return target
 
@@ -242,21 +240,24 @@ class MaintenanceOperations(Scope):
         Raises:
             TransactionError: If rows are to be moved inside a read-only session.
             BusyError: If rows are to be moved, and another writer keeps the database for longer than the busy timeout.
-            StorageError: If the database can't be read, or is too damaged to be checked.
+            StorageError: If the database can't be read.
             ClosedError: After `close`.
         """
         with self._block(readonly=not quarantine) as block, translating(self._connections.where):
             connection, raw = block.held.connection, block.held.raw
-            problems = tuple(str(row[0]) for row in raw.execute("PRAGMA integrity_check"))
+            integrity: list[str] = []
             undecodable: list[CorruptDataError] = []
             unlisted: Counter[tuple[str, str, str]] = Counter()
             moved = 0
             raw.text_factory = text_as_it_is
             try:
+                with _noting_damage(integrity, "integrity_check"):
+                    integrity += [row[0] for row in raw.execute("PRAGMA integrity_check") if row[0] != "ok"]
                 for model in TABLES:
-                    bad_rows = _inspect(raw, RowDecoder(model, connection.dialect), undecodable, unlisted)
-                    if quarantine and bad_rows:
-                        moved += _move_aside(connection, model, bad_rows)
+                    with _noting_damage(integrity, str(model.__tablename__)):
+                        bad_rows = _inspect(raw, RowDecoder(model, connection.dialect), undecodable, unlisted)
+                        if quarantine and bad_rows:
+                            moved += _move_aside(connection, model, bad_rows)
             finally:
                 raw.text_factory = str
             foreign_times = [
@@ -267,7 +268,7 @@ class MaintenanceOperations(Scope):
         return CheckReport(
             sqlite_version=sqlite3.sqlite_version,
             has_wal_reset_bug=has_wal_reset_bug(sqlite3.sqlite_version_info),
-            integrity=() if problems == ("ok",) else problems,
+            integrity=tuple(integrity),
             undecodable=tuple(undecodable),
             unlisted=tuple(UnlistedValue(*place, rows) for place, rows in sorted(unlisted.items())),
             foreign_times=tuple(foreign_times),
@@ -295,6 +296,17 @@ def has_wal_reset_bug(version: tuple[int, ...]) -> bool:
     if version[:2] in _WAL_RESET_MENDED:
         return version[2] < _WAL_RESET_MENDED[version[:2]]
     return _WAL_RESET_FIRST <= version <= _WAL_RESET_LAST
+
+
+@contextmanager
+def _noting_damage(integrity: list[str], place: str) -> Iterator[None]:
+    """Note that SQLite found the file damaged, instead of ending the check there."""
+    try:
+        yield
+    except sqlite3.DatabaseError as error:
+        if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_CORRUPT:
+            raise
+        integrity.append(f"{place}: {error}")
 
 
 def _inspect(

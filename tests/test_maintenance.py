@@ -1,0 +1,314 @@
+"""Cleaning up, compacting, copying and checking."""
+
+import sqlite3
+import threading
+from contextlib import closing
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from conftest import Clock
+from moai_flow.memory import (
+    CorruptDataError,
+    InvalidInputError,
+    SchemaError,
+    StorageError,
+    SwarmDB,
+    TransactionError,
+)
+from moai_flow.memory.operations.maintenance import has_wal_reset_bug
+
+GOOD = "2025-11-30T10:00:00.000000+00:00"
+EVENT = "INSERT INTO agent_events (event_id, event_type, agent_id, agent_type, timestamp, metadata, created_at) VALUES "
+MEMORY = "INSERT INTO session_memory (session_id, memory_type, key, value, timestamp, ttl_hours, created_at) VALUES "
+AGENT = "INSERT INTO agent_registry (agent_id, agent_type, status, spawn_time, last_updated) VALUES "
+
+
+def run(db: SwarmDB, sql: str, *values: Any) -> None:
+    with db.transaction() as conn:
+        conn.execute(sql, values)
+
+
+def event(db: SwarmDB, agent_id: str, timestamp: Any) -> str:
+    return db.insert_event({"event_type": "spawn", "agent_id": agent_id, "agent_type": "t", "timestamp": timestamp})
+
+
+def test_cleanup_deletes_what_is_older_than_the_days_to_the_microsecond(db: SwarmDB, clock: Clock) -> None:
+    event(db, "old", clock.now - timedelta(days=30, microseconds=1))
+    event(db, "on the mark", clock.now - timedelta(days=30))
+    event(db, "new", clock.now)
+    event(db, "future", clock.now + timedelta(days=1))
+
+    assert db.cleanup_old_events() == 1
+    assert {found.agent_id for found in db.get_events()} == {"on the mark", "new", "future"}
+    clock.advance(microseconds=1)
+    assert db.cleanup_old_events(days=0) == 2
+    assert db.cleanup_old_events(days=10**12) == 0
+    assert [found.agent_id for found in db.get_events()] == ["future"]
+
+
+def test_cleanup_leaves_other_tables_alone(db: SwarmDB, clock: Clock) -> None:
+    db.register_agent("a", "t")
+    db.store_memory("s", "semantic", "k", 1)
+    db.store_task_metric("t", "a", 1, "success")
+    clock.advance(days=1000)
+    db.cleanup_old_events(days=1)
+
+    assert len(db.list_agents()) == len(db.list_memories("s")) == len(db.get_task_metrics()) == 1
+
+
+def test_vacuum_gives_space_back(file_db: SwarmDB, clock: Clock) -> None:
+    file_db.insert_events(
+        {"event_type": "spawn", "agent_id": "a", "agent_type": "t", "metadata": {"text": "x" * 1000}}
+        for _ in range(2000)
+    )
+    full = file_db.size_bytes()
+    clock.advance(days=1)
+    file_db.cleanup_old_events(days=0)
+    assert file_db.size_bytes() == full
+    file_db.vacuum()
+
+    assert file_db.size_bytes() < full / 5
+    assert file_db.db_path.stat().st_size == file_db.size_bytes()
+
+
+def test_vacuum_and_size_in_memory() -> None:
+    with SwarmDB(":memory:") as db:
+        db.vacuum()
+        assert db.size_bytes() > 0
+        with db.transaction():
+            db.insert_events({"event_type": "spawn", "agent_id": "a", "agent_type": "t" * 1000} for _ in range(100))
+            assert db.size_bytes() > 100_000
+
+
+def test_a_backup_is_a_database_of_that_moment(db: SwarmDB, tmp_path: Path) -> None:
+    db.register_agent("a", "t")
+    target = db.backup(tmp_path / "deep" / "copy.db")
+    db.register_agent("b", "t")
+
+    assert target == tmp_path / "deep" / "copy.db"
+    assert [path.name for path in target.parent.iterdir()] == ["copy.db"]
+    with SwarmDB(target) as copy:
+        assert [agent.agent_id for agent in copy.list_agents()] == ["a"]
+        assert copy.check().ok
+
+
+def test_a_backup_is_taken_while_others_write(file_db: SwarmDB, tmp_path: Path) -> None:
+    stop = threading.Event()
+
+    def write() -> None:
+        while not stop.is_set():
+            file_db.insert_events([{"event_type": "spawn", "agent_id": "a", "agent_type": "t"}] * 10)
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    for number in range(10):
+        with SwarmDB(file_db.backup(tmp_path / f"copy-{number}.db")) as copy:
+            assert sum(1 for _ in copy.iter_events()) % 10 == 0
+            assert copy.check().ok
+    stop.set()
+    writer.join()
+
+
+def test_a_backup_replaces_no_file_unless_told_to(file_db: SwarmDB, tmp_path: Path) -> None:
+    target = tmp_path / "copy.db"
+    target.write_text("mine")
+    with pytest.raises(InvalidInputError, match="overwrite=True"):
+        file_db.backup(target)
+    assert target.read_text() == "mine"
+    file_db.backup(str(target), overwrite=True)
+    with SwarmDB(target) as copy:
+        assert copy.list_agents() == []
+
+
+def test_a_backup_into_a_folder_or_the_database_itself_is_refused(file_db: SwarmDB, tmp_path: Path) -> None:
+    with pytest.raises(InvalidInputError, match="not of a folder"):
+        file_db.backup(tmp_path)
+    with pytest.raises(InvalidInputError, match="not the database itself"):
+        file_db.backup(file_db.db_path, overwrite=True)
+    (tmp_path / "link.db").symlink_to(file_db.db_path)
+    with pytest.raises(InvalidInputError, match="not the database itself"):
+        file_db.backup(tmp_path / "link.db", overwrite=True)
+
+
+def test_a_backup_that_cannot_be_written_leaves_nothing(file_db: SwarmDB, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(StorageError, match="the backup can't be written"):
+        file_db.backup(tmp_path / "file" / "copy.db")
+
+    file_db.register_agent("a", "t")
+    assert sorted(path.name for path in tmp_path.iterdir() if not path.name.startswith("swarm")) == ["file"]
+
+
+def test_a_version_that_is_gone_is_a_schema_error(db: SwarmDB) -> None:
+    run(db, "DELETE FROM schema_info")
+    with pytest.raises(SchemaError, match="does not say its schema version"):
+        db.schema_version  # noqa: B018 (a property that raises)
+
+
+def test_a_sound_database_checks_ok(db: SwarmDB) -> None:
+    event(db, "a", GOOD)
+    db.register_agent("a", "t")
+    db.store_memory("s", "semantic", "k", None)
+    db.store_task_metric("t", "a", None, "success")
+    db.store_agent_metric("a", "duration", 1)
+    report = db.check()
+
+    assert report.ok
+    assert (report.integrity, report.undecodable, report.unlisted, report.foreign_times) == ((), (), (), ())
+    assert report.sqlite_version == sqlite3.sqlite_version
+    assert report.has_wal_reset_bug == has_wal_reset_bug(sqlite3.sqlite_version_info)
+
+
+@pytest.mark.parametrize(
+    ("version", "affected"),
+    [
+        ((3, 6, 23), False),
+        ((3, 7, 0), True),
+        ((3, 40, 1), True),
+        ((3, 44, 5), True),
+        ((3, 44, 6), False),
+        ((3, 45, 0), True),
+        ((3, 50, 6), True),
+        ((3, 50, 7), False),
+        ((3, 51, 2), True),
+        ((3, 51, 3), False),
+        ((4, 0, 0), False),
+    ],
+)
+def test_versions_of_sqlite_with_the_wal_reset_bug_are_known(version: tuple[int, ...], affected: bool) -> None:  # noqa: FBT001
+    assert has_wal_reset_bug(version) is affected
+
+
+BROKEN = {
+    "agent_events.metadata": (EVENT + "('e', 'spawn', 'a', 't', ?, '{bad', ?)", (GOOD, GOOD)),
+    "agent_events.metadata ": (EVENT + "('e', 'spawn', 'a', 't', ?, '[1]', ?)", (GOOD, GOOD)),
+    "agent_events.timestamp": (EVENT + "('e', 'spawn', 'a', 't', 'soon', '{}', ?)", (GOOD,)),
+    "agent_events.created_at": (EVENT + "('e', 'spawn', 'a', 't', ?, '{}', NULL)", (GOOD,)),
+    "agent_events.agent_type": (EVENT + "('e', 'spawn', 'a', x'00ff', ?, '{}', ?)", (GOOD, GOOD)),
+    "agent_events.agent_type ": (EVENT + "('e', 'spawn', 'a', CAST(x'ff61' AS TEXT), ?, '{}', ?)", (GOOD, GOOD)),
+    "agent_registry.spawn_time": (AGENT + "('a', 't', 'running', 'soon', ?)", (GOOD,)),
+    "session_memory.value": (MEMORY + "('s', 'semantic', 'k', '{bad', ?, NULL, ?)", (GOOD, GOOD)),
+    "session_memory.value ": (MEMORY + "('s', 'semantic', 'k', x'01', ?, NULL, ?)", (GOOD, GOOD)),
+    "session_memory.value  ": (MEMORY + "('s', 'semantic', 'k', ?, ?, NULL, ?)", ("[" * 100_000, GOOD, GOOD)),
+    "session_memory.ttl_hours": (MEMORY + "('s', 'semantic', 'k', '1', ?, 'long', ?)", (GOOD, GOOD)),
+    "session_memory.timestamp": (MEMORY + "('s', 'semantic', 'k', '1', 'soon', 5, ?)", (GOOD,)),
+}
+
+
+def read_all(db: SwarmDB) -> None:
+    db.get_events()
+    db.list_agents()
+    db.get_memory("s", "semantic", "k", as_type=int)
+    db.memory_history("s", "semantic", "k")
+
+
+@pytest.mark.parametrize(("where", "row"), BROKEN.items(), ids=list(BROKEN))
+def test_a_value_that_cannot_be_decoded_is_named_and_can_be_moved_away(
+    db: SwarmDB, where: str, row: tuple[str, tuple[Any, ...]]
+) -> None:
+    run(db, row[0], *row[1])
+    table, _, column = where.strip().partition(".")
+    with pytest.raises(CorruptDataError) as caught:
+        read_all(db)
+    error = caught.value
+    assert (error.table, error.column) == (table, column)
+    assert list(error.row.values()) in ([1], ["a"])
+    assert where.strip() in str(error)
+
+    report = db.check()
+    assert not report.ok
+    assert [(fault.table, fault.column, fault.row) for fault in report.undecodable] == [(table, column, error.row)]
+    stored = contents(db, table)
+
+    moved = db.check(quarantine=True)
+    assert moved.quarantined == 1
+    assert not moved.ok
+    assert contents(db, f"{table}_quarantine") == stored
+    assert db.check().ok
+    read_all(db)
+
+
+def contents(db: SwarmDB, table: str) -> list[Any]:
+    """Return a table's rows as hexadecimal, with each value's type."""
+    with db.transaction() as conn:
+        columns = [row["name"] for row in conn.execute(f"PRAGMA table_info({table})")]
+        select = ", ".join(f"typeof({column}), hex({column})" for column in columns)
+        return [tuple(row) for row in conn.execute(f"SELECT {select} FROM {table}")]
+
+
+def test_a_bad_row_among_good_ones_is_the_only_one_moved(db: SwarmDB) -> None:
+    event(db, "good", GOOD)
+    run(db, *[EVENT + "('bad', 'spawn', 'a', 't', 'soon', '{', ?)", GOOD])
+    event(db, "good too", GOOD)
+    with pytest.raises(CorruptDataError, match=r"agent_events\.timestamp of the row with id=2: holds 'soon'"):
+        db.get_events()
+    with pytest.raises(CorruptDataError):
+        list(db.iter_events())
+    assert db.get_events("good")[0].agent_id == "good"
+
+    assert [fault.column for fault in db.check(quarantine=True).undecodable] == ["timestamp", "metadata"]
+    assert [found.agent_id for found in db.get_events()] == ["good too", "good"]
+
+
+def test_quarantine_of_a_memory_takes_what_it_replaced_along(db: SwarmDB) -> None:
+    db.store_memory("s", "semantic", "k", "older")
+    db.store_memory("s", "semantic", "other", "kept")
+    run(db, *[MEMORY + "('s', 'semantic', 'k', '{bad', ?, NULL, ?)", GOOD, GOOD])
+    assert db.check(quarantine=True).quarantined == 2
+
+    assert db.get_memory("s", "semantic", "k", default="absent") == "absent"
+    assert db.get_memory("s", "semantic", "other") == "kept"
+    run(db, *[MEMORY + "('s', 'semantic', 'k', '{bad', ?, NULL, ?)", GOOD, GOOD])
+    assert db.check(quarantine=True).quarantined == 1
+    assert len(contents(db, "session_memory_quarantine")) == 3
+
+
+def test_deleting_a_memory_whose_time_is_none_removes_nothing(db: SwarmDB) -> None:
+    run(db, *[MEMORY + "('s', 'semantic', 'k', '1', 'soon', 5, ?)", GOOD])
+    with pytest.raises(CorruptDataError, match=r"session_memory\.timestamp"):
+        db.delete_memory("s", "semantic", "k")
+
+    assert len(contents(db, "session_memory")) == 1
+
+
+def test_a_status_is_written_though_another_value_of_the_row_is_bad(db: SwarmDB) -> None:
+    run(db, AGENT + "('a', 't', 'running', 'soon', ?)", GOOD)
+    with pytest.raises(CorruptDataError, match="spawn_time"):
+        db.update_agent_status("a", "complete")
+
+    with db.transaction() as conn:
+        assert conn.execute("SELECT status FROM agent_registry").fetchone()["status"] == "complete"
+
+
+def test_quarantine_is_refused_in_a_read_only_session(db: SwarmDB) -> None:
+    with db.session(readonly=True):
+        assert db.check().ok
+        with pytest.raises(TransactionError, match="refuses writes"):
+            db.check(quarantine=True)
+
+
+def test_what_older_programs_wrote_as_json_is_read(db: SwarmDB) -> None:
+    for text in ('"\\ud800"', "NaN", "[" * 500 + "]" * 500):
+        run(db, MEMORY + "('s', 'semantic', 'k', ?, ?, NULL, ?)", text, GOOD, GOOD)
+        db.get_memory("s", "semantic", "k")
+        assert db.check().ok
+
+
+def test_a_damaged_file_is_reported(path: Path) -> None:
+    with SwarmDB(path) as db:
+        db.insert_events({"event_type": "spawn", "agent_id": str(number), "agent_type": "t"} for number in range(500))
+    with closing(sqlite3.connect(path)) as connection:
+        (root,) = connection.execute(
+            "SELECT rootpage FROM sqlite_master WHERE name = 'idx_agent_events_agent_id'"
+        ).fetchone()
+    content = bytearray(path.read_bytes())
+    content[(root - 1) * 4096 + 8 : root * 4096] = b"\x55" * 4088
+    path.write_bytes(content)
+
+    with SwarmDB(path) as db:
+        report = db.check()
+        assert not report.ok
+        assert report.integrity

@@ -1,0 +1,404 @@
+"""Files of older programs."""
+
+import os
+import sqlite3
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import closing
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from moai_flow.memory import AgentStatus, BusyError, EventType, MemoryType, StorageError, SwarmDB
+from test_schema import SPECIFIED
+
+FOREIGN = ("semantic_knowledge", "code_patterns")
+METRICS = ("task_metrics", "agent_metrics", "swarm_metrics")
+
+
+def everything(path: Path) -> list[str]:
+    with closing(sqlite3.connect(path)) as connection:
+        return list(connection.iterdump())
+
+
+def rows(path: Path, sql: str) -> list[Any]:
+    with closing(sqlite3.connect(path)) as connection:
+        return connection.execute(sql).fetchall()
+
+
+def run(path: Path, sql: str, *values: Any) -> None:
+    with closing(sqlite3.connect(path)) as connection:
+        connection.execute(sql, values)
+        connection.commit()
+
+
+@pytest.fixture(params=["UTC", "Asia/Seoul", "America/St_Johns", "Pacific/Apia"])
+def zone(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Wherever the file is opened."""
+    monkeypatch.setenv("TZ", request.param)
+    time.tzset()
+    yield request.param
+    monkeypatch.undo()
+    time.tzset()
+
+
+@pytest.fixture
+def old(path: Path) -> Path:
+    """An empty file of version 2.0.0."""
+    with closing(sqlite3.connect(path)) as connection:
+        connection.executescript(SPECIFIED)
+        connection.execute("INSERT INTO schema_info (key, value) VALUES ('version', '2.0.0')")
+        connection.commit()
+    return path
+
+
+def add_event(path: Path, agent_id: str, timestamp: str, created_at: str = "2025-11-30 12:00:00") -> None:
+    run(
+        path,
+        "INSERT INTO agent_events (event_id, event_type, agent_id, agent_type, timestamp, created_at) "
+        "VALUES (?, 'spawn', ?, 't', ?, ?)",
+        agent_id,
+        agent_id,
+        timestamp,
+        created_at,
+    )
+
+
+def test_the_originals_file_comes_back_typed_wherever_it_is_opened(legacy: Path, zone: str) -> None:
+    with SwarmDB(legacy) as db:
+        events = list(db.iter_events())
+        agents = db.list_agents()
+        (memory,) = db.list_memories("session123")
+
+    assert [event.event_type for event in events] == [EventType.SPAWN, EventType.COMPLETE] * 2
+    assert [event.timestamp for event in events] == [
+        datetime(2025, 11, 29, 10, 11, 29, 953194, tzinfo=UTC),
+        datetime(2025, 11, 29, 10, 11, 30, 59204, tzinfo=UTC),
+        datetime(2025, 11, 29, 10, 12, 37, 210974, tzinfo=UTC),
+        datetime(2025, 11, 29, 10, 12, 37, 316444, tzinfo=UTC),
+    ]
+    for timestamp, created_at in [
+        (memory.timestamp, memory.created_at),
+        *((e.timestamp, e.created_at) for e in events),
+    ]:
+        assert abs(timestamp - created_at) < timedelta(seconds=1)
+    assert events[0].metadata_ == {"prompt": "Design REST API", "model": "claude-sonnet-4"}
+    assert [agent.duration_ms for agent in agents] == [1500, 100]
+    for agent in agents:
+        assert agent.status is AgentStatus.COMPLETE
+        assert agent.completed_at is not None
+        assert abs(agent.last_updated - agent.completed_at) < timedelta(seconds=1)
+    assert memory.memory_type is MemoryType.CONTEXT_HINT
+    assert (memory.key, memory.value) == ("user_preference", {"language": "python", "style": "functional"})
+
+
+def test_no_row_and_no_foreign_table_is_lost(legacy: Path) -> None:
+    tables = ("agent_events", "agent_registry", "session_memory", *FOREIGN)
+    counts = [rows(legacy, f"SELECT count(*) FROM {table}") for table in tables]
+    foreign = [line for line in everything(legacy) if any(table in line for table in FOREIGN)]
+    SwarmDB(legacy).close()
+
+    assert [rows(legacy, f"SELECT count(*) FROM {table}") for table in tables] == counts
+    assert [line for line in everything(legacy) if any(table in line for table in FOREIGN)] == foreign
+
+
+def test_a_copy_of_the_file_as_it_was_stands_beside_it(legacy: Path) -> None:
+    before = everything(legacy)
+    SwarmDB(legacy).close()
+
+    assert everything(legacy.with_name("legacy.db.2.0.0.bak")) == before
+    assert [path.name for path in legacy.parent.glob("*.bak*")] == ["legacy.db.2.0.0.bak"]
+
+
+def test_a_second_opening_changes_nothing(legacy: Path) -> None:
+    SwarmDB(legacy).close()
+    before = legacy.read_bytes()
+    SwarmDB(legacy).close()
+
+    assert legacy.read_bytes() == before
+
+
+def test_what_is_left_is_readable_by_raw_sql(legacy: Path) -> None:
+    SwarmDB(legacy).close()
+
+    assert rows(legacy, "SELECT timestamp, created_at FROM agent_events WHERE id = 1") == [
+        ("2025-11-29T10:11:29.953194+00:00", "2025-11-29T10:11:29.000000+00:00")
+    ]
+    assert rows(legacy, "SELECT value FROM schema_info WHERE key = 'version'") == [("2.1.0",)]
+
+
+def test_an_adopted_file_is_marked_so_that_nothing_is_removed_unasked(legacy: Path, path: Path) -> None:
+    SwarmDB(legacy).close()
+    SwarmDB(path).close()
+    mark = "SELECT value FROM schema_info WHERE key = 'retention'"
+
+    assert rows(legacy, mark) == [("off",)]
+    assert rows(path, mark) == [("default",)]
+
+
+def test_an_original_client_may_go_on_writing(legacy: Path, zone: str) -> None:
+    SwarmDB(legacy).close()
+    # It opens the file and writes its version, a row whose zone shows, and one whose zone does not.
+    run(legacy, "UPDATE schema_info SET value = '2.0.0' WHERE key = 'version'")
+    add_event(legacy, "later", "2025-12-01T19:00:00.5", "2025-12-01 10:00:01")
+    run(legacy, "UPDATE agent_registry SET status = 'running', last_updated = '2025-12-01T19:00:02.000001'")
+    with SwarmDB(legacy) as db:
+        (later,) = db.get_events("later")
+        assert later.timestamp == datetime(2025, 12, 1, 10, 0, 0, 500_000, tzinfo=UTC)
+        assert {agent.last_updated for agent in db.list_agents()} == {datetime(2025, 12, 1, 10, 0, 2, 1, tzinfo=UTC)}
+        assert db.schema_version == "2.1.0"
+        assert len(list(db.iter_events())) == 5
+        assert db.check().foreign_times == ()
+
+    assert rows(legacy, "SELECT value FROM schema_info WHERE key = 'retention'") == [("off",)]
+    assert len(list(legacy.parent.glob("*.bak*"))) == 1
+    assert "2025-11-29T19:11:29.953194" in "".join(everything(legacy.with_name("legacy.db.2.0.0.bak")))
+
+
+def test_rows_that_an_original_client_adds_read_as_local_time_until_then(
+    file_db: SwarmDB, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TZ", "Asia/Seoul")
+    time.tzset()
+    try:
+        add_event(file_db.db_path, "a", "2025-12-01T19:00:00.5", "2025-12-01 10:00:01")
+        (event,) = file_db.get_events()
+        (named,) = [time for time in file_db.check().foreign_times if time.column == "timestamp"]
+    finally:
+        monkeypatch.undo()
+        time.tzset()
+
+    assert event.timestamp == datetime(2025, 12, 1, 10, 0, 0, 500_000, tzinfo=UTC)
+    assert (named.table, named.rows) == ("agent_events", 1)
+
+
+def test_a_file_that_this_version_made_and_an_original_client_opened_keeps_its_mark(file_db: SwarmDB) -> None:
+    file_db.insert_event({"event_type": "spawn", "agent_id": "a", "agent_type": "t"})
+    before = file_db.get_events()
+    run(file_db.db_path, "UPDATE schema_info SET value = '2.0.0' WHERE key = 'version'")
+    with SwarmDB(file_db.db_path) as db:
+        assert db.get_events() == before
+
+    assert rows(file_db.db_path, "SELECT value FROM schema_info WHERE key = 'retention'") == [("default",)]
+
+
+def test_a_file_of_1_0_0_gets_its_metrics_tables(old: Path) -> None:
+    for table in METRICS:
+        run(old, f"DROP TABLE {table}")
+    run(old, "UPDATE schema_info SET value = '1.0.0'")
+    add_event(old, "a", "2025-11-29T19:11:29.953194", "2025-11-29 10:11:29")
+    with SwarmDB(old) as db:
+        db.store_task_metric("t", "a", 1, "success")
+        assert len(db.get_events()) == len(db.get_task_metrics()) == 1
+
+    assert old.with_name("swarm.db.1.0.0.bak").exists()
+
+
+def test_a_file_that_says_no_version_is_adopted(old: Path) -> None:
+    run(old, "DELETE FROM schema_info")
+    add_event(old, "a", "2025-11-29T19:11:29.953194", "2025-11-29 10:11:29")
+    with SwarmDB(old) as db:
+        assert db.schema_version == "2.1.0"
+        assert len(db.get_events()) == 1
+
+    assert old.with_name("swarm.db.unversioned.bak").exists()
+
+
+def test_the_zone_is_found_row_by_row_through_daylight_saving(old: Path, zone: str) -> None:
+    # Berlin: UTC+1 in winter, UTC+2 in summer.
+    add_event(old, "winter", "2025-01-15T11:00:00", "2025-01-15 10:00:00")
+    add_event(old, "summer", "2025-07-15T12:00:00", "2025-07-15 10:00:03")
+    # Imported later: nothing beside them says the zone, but the row nearest in time does.
+    add_event(old, "winter too", "2025-02-01T11:00:00", "2025-08-20 21:34:11")
+    add_event(old, "summer too", "2025-06-15T12:00:00")
+    with SwarmDB(old) as db:
+        found = {event.agent_id: event.timestamp for event in db.iter_events() if event.agent_id.startswith("winter")}
+    with closing(sqlite3.connect(old)) as connection:
+        stored = dict(connection.execute("SELECT agent_id, timestamp FROM agent_events").fetchall())
+
+    assert set(stored.values()) == {
+        "2025-01-15T10:00:00.000000+00:00",
+        "2025-07-15T10:00:00.000000+00:00",
+        "2025-02-01T10:00:00.000000+00:00",
+        "2025-06-15T10:00:00.000000+00:00",
+    }
+    assert {timestamp.hour for timestamp in found.values()} == {10}
+
+
+def test_quarter_hour_zones_and_the_ends_of_the_world_are_found(old: Path) -> None:
+    for name, local in {
+        "Kathmandu": "2025-01-15T15:45:00",
+        "Baker Island": "2025-01-14T22:00:00",
+        "Kiritimati": "2025-01-16T00:00:00",
+        "London": "2025-01-15T10:00:00",
+    }.items():
+        add_event(old, name, local, "2025-01-15 10:00:00")
+    with SwarmDB(old) as db:
+        assert {event.timestamp for event in db.iter_events()} == {datetime(2025, 1, 15, 10, tzinfo=UTC)}
+
+
+def test_where_no_row_tells_the_zone_it_is_the_processs(old: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    add_event(old, "far", "2025-01-15T19:00:00", "2025-09-01 00:00:00")  # No zone is that far away.
+    add_event(old, "between", "2025-01-15T19:00:00", "2025-01-15 10:07:00")  # None is 8:53 ahead.
+    add_event(old, "unsaid", "2025-01-15T19:00:00", "not a time")
+    add_event(old, "local", "2025-01-15T19:00:00", "2025-01-15T10:00:00")  # Local itself: it says nothing.
+    monkeypatch.setenv("TZ", "Asia/Tokyo")
+    time.tzset()
+    try:
+        SwarmDB(old).close()
+    finally:
+        monkeypatch.undo()
+        time.tzset()
+
+    assert rows(old, "SELECT DISTINCT timestamp FROM agent_events") == [("2025-01-15T10:00:00.000000+00:00",)]
+
+
+def test_every_format_of_an_older_file_becomes_one(old: Path) -> None:
+    add_event(old, "a", "2025-11-29 10:00:00")
+    add_event(old, "b", "2025-11-29T10:00:00Z")
+    add_event(old, "c", "2025-11-29T12:00:00.25+02:00")
+    add_event(old, "d", "2025-11-29T10:00:00.000000+00:00")
+    add_event(old, "e", "2025-11-29")
+    for number, timestamp in enumerate(("2025-11-29 10:00:00.5", "2025-11-29T10:00:00+00:00", "2025-11-29 10:00:00")):
+        run(
+            old,
+            "INSERT INTO swarm_metrics (swarm_id, metric_type, value, timestamp) VALUES ('s', 'health', ?, ?)",
+            number,
+            timestamp,
+        )
+    SwarmDB(old).close()
+
+    assert [text for (text,) in rows(old, "SELECT timestamp FROM agent_events ORDER BY agent_id")] == [
+        "2025-11-29T10:00:00.000000+00:00",
+        "2025-11-29T10:00:00.000000+00:00",
+        "2025-11-29T10:00:00.250000+00:00",
+        "2025-11-29T10:00:00.000000+00:00",
+        "2025-11-29T00:00:00.000000+00:00",
+    ]
+    assert [text for (text,) in rows(old, "SELECT timestamp FROM swarm_metrics ORDER BY value")] == [
+        "2025-11-29 10:00:00.500000",
+        "2025-11-29 10:00:00",
+        "2025-11-29 10:00:00",
+    ]
+
+
+def test_task_metrics_that_meet_in_the_same_instant_are_both_kept(old: Path) -> None:
+    for timestamp in ("2025-11-29 10:00:00", "2025-11-29T10:00:00Z", "2025-11-29T12:00:00+02:00"):
+        run(
+            old,
+            "INSERT INTO task_metrics (task_id, agent_id, result, timestamp) VALUES ('t','a','success',?)",
+            timestamp,
+        )
+    with SwarmDB(old) as db:
+        assert [metric.timestamp.microsecond for metric in db.get_task_metrics("t")] == [2, 1, 0]
+
+
+def test_what_is_no_time_is_left_for_check_to_name(old: Path) -> None:
+    add_event(old, "a", "yesterday")
+    add_event(old, "b", "0001-01-01T00:00:00+14:00")
+    with SwarmDB(old) as db:
+        assert {(fault.column, fault.row["id"]) for fault in db.check().undecodable if fault.column == "timestamp"} == {
+            ("timestamp", 1),
+            ("timestamp", 2),
+        }
+
+    assert rows(old, "SELECT timestamp FROM agent_events ORDER BY id") == [
+        ("yesterday",),
+        ("0001-01-01T00:00:00+14:00",),
+    ]
+
+
+def test_a_file_of_many_rows_is_brought_up_to_date_in_chunks(old: Path) -> None:
+    with closing(sqlite3.connect(old)) as connection:
+        connection.executemany(
+            "INSERT INTO agent_events (event_id, event_type, agent_id, agent_type, timestamp, created_at) "
+            "VALUES (?, 'spawn', 'a', 't', ?, '2025-11-29 10:11:29')",
+            [(f"e-{number}", f"2025-11-29T19:11:29.{number:06}") for number in range(25_000)],
+        )
+        connection.commit()
+    with SwarmDB(old) as db:
+        assert sum(1 for _ in db.iter_events()) == 25_000
+        assert db.check().foreign_times == ()
+
+    assert rows(old, "SELECT min(timestamp), max(timestamp) FROM agent_events") == [
+        ("2025-11-29T10:11:29.000000+00:00", "2025-11-29T10:11:29.024999+00:00")
+    ]
+
+
+@pytest.mark.parametrize("table", ["agent_events", "schema_info"])
+def test_a_migration_that_fails_leaves_the_file_as_it_was(old: Path, table: str) -> None:
+    for metrics in METRICS:
+        run(old, f"DROP TABLE {metrics}")
+    add_event(old, "a", "2025-11-29T19:11:29.953194", "2025-11-29 10:11:29")
+    # Whatever makes a write fail, such as a trigger of the file's own.
+    run(old, f"CREATE TRIGGER t BEFORE UPDATE ON {table} BEGIN SELECT RAISE(ABORT, 'no'); END")
+    before = everything(old)
+    with pytest.raises(sqlite3.IntegrityError, match="no"):
+        SwarmDB(old)
+
+    assert everything(old) == before
+
+
+def test_a_migration_that_is_killed_is_done_by_the_next_opening(legacy: Path) -> None:
+    program = """
+import os, signal, sys
+from moai_flow.memory import migrations, SwarmDB
+normalise = migrations._normalise_times
+def normalise_and_die(held):
+    normalise(held)
+    os.kill(os.getpid(), signal.SIGKILL)
+migrations._normalise_times = normalise_and_die
+SwarmDB(sys.argv[1])
+"""
+    killed = subprocess.run([sys.executable, "-c", program, legacy], check=False)
+    assert killed.returncode == -9
+    assert rows(legacy, "SELECT value FROM schema_info") == [("2.0.0",)]
+    with SwarmDB(legacy) as db:
+        assert len(db.get_events()) == 4
+        assert db.check().ok
+
+
+def test_a_copy_that_cannot_be_written_stops_the_migration(legacy: Path) -> None:
+    before = everything(legacy)
+    unfinished = legacy.with_name(f"legacy.db.2.0.0.bak.{os.getpid()}.tmp")
+    unfinished.write_text("not a database, which a backup can't be written into" * 20)
+    with pytest.raises(StorageError, match=r"legacy\.db\.2\.0\.0\.bak that comes before the migration failed"):
+        SwarmDB(legacy)
+
+    assert everything(legacy) == before
+    assert not list(legacy.parent.glob("*.bak*"))
+
+
+def test_a_file_that_another_program_writes_to_is_waited_for(legacy: Path) -> None:
+    with closing(sqlite3.connect(legacy, isolation_level=None)) as holder:
+        holder.execute("BEGIN IMMEDIATE")
+        with pytest.raises(BusyError):
+            SwarmDB(legacy, busy_timeout=0.05)
+        holder.execute("ROLLBACK")
+    SwarmDB(legacy).close()
+
+
+def test_words_that_the_enums_do_not_list_keep_their_value(old: Path) -> None:
+    run(
+        old,
+        "INSERT INTO agent_events (event_id, event_type, agent_id, agent_type, timestamp) "
+        "VALUES ('e', 'decision', 'a', 't', '2025-11-29T10:00:00Z')",
+    )
+    with SwarmDB(old) as db:
+        (event,) = db.get_events()
+        assert type(event.event_type) is EventType
+        assert event.event_type == "decision"
+        assert not event.event_type.is_listed
+        assert db.get_events(event_type=event.event_type) == [event]
+        (unlisted,) = db.check().unlisted
+        assert (unlisted.table, unlisted.column, unlisted.value, unlisted.rows) == (
+            "agent_events",
+            "event_type",
+            "decision",
+            1,
+        )
+        assert db.check().ok

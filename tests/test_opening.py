@@ -1,0 +1,403 @@
+"""Where the database is, and what happens when it can't be opened or written."""
+
+import os
+import resource
+import shutil
+import sqlite3
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sqlalchemy import Engine, create_engine, event, make_url
+from sqlalchemy.pool import QueuePool
+
+from moai_flow.memory import (
+    BusyError,
+    InvalidInputError,
+    SchemaError,
+    StorageError,
+    SwarmDB,
+)
+
+EVENT = {"event_type": "spawn", "agent_id": "a", "agent_type": "t"}
+
+
+def dump(path: Path) -> list[str]:
+    with closing(sqlite3.connect(path)) as connection:
+        return list(connection.iterdump())
+
+
+def test_the_default_is_under_the_current_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with SwarmDB() as db:
+        assert db.db_path == tmp_path / ".moai" / "memory" / "swarm.db"
+        monkeypatch.chdir("/")
+        db.register_agent("a", "t")
+        assert db.get_agent("a") is not None
+
+
+@pytest.mark.parametrize(("variable", "value"), [("MOAI_DB_PATH", "{0}/x.db"), ("SWARMDB_URL", "sqlite:///{0}/x.db")])
+def test_the_environment_says_otherwise(
+    variable: str, value: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(variable, value.format(tmp_path))
+    with SwarmDB() as db:
+        assert db.db_path == tmp_path / "x.db"
+    with SwarmDB(tmp_path / "y.db") as db:
+        assert db.db_path == tmp_path / "y.db"
+
+
+def test_the_url_in_the_environment_comes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MOAI_DB_PATH", str(tmp_path / "x.db"))
+    monkeypatch.setenv("SWARMDB_URL", f"sqlite:///{tmp_path}/y.db")
+    with SwarmDB() as db:
+        assert db.db_path == tmp_path / "y.db"
+
+
+def test_a_path_may_be_text_relative_or_under_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for given in ("deep/er/x.db", Path("deep/er/x.db"), "~/deep/er/x.db"):
+        with SwarmDB(given) as db:
+            assert db.db_path == tmp_path / "deep" / "er" / "x.db"
+            assert repr(db) == f"SwarmDB({str(db.db_path)!r})"
+
+
+def test_urls_reach_files_and_memory(tmp_path: Path) -> None:
+    for url in (
+        f"sqlite:///{tmp_path}/x.db",
+        f"sqlite+pysqlite:///{tmp_path}/x.db",
+        make_url(f"sqlite:///{tmp_path}/x.db"),
+        f"sqlite:///file:{tmp_path}/x.db?mode=rwc&uri=true",
+        f"sqlite:///file://{tmp_path}/x.db?mode=rwc",
+    ):
+        with SwarmDB(url=url) as db:
+            db.register_agent("a", "t")
+            assert db.db_path == tmp_path / "x.db"
+    for url in ("sqlite://", "sqlite:///:memory:"):
+        with SwarmDB(url=url) as db:
+            assert db.list_agents() == []
+            with pytest.raises(StorageError, match="in memory has no file"):
+                db.db_path  # noqa: B018 (a property that raises)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        ({"db_path": ""}, "db_path"),
+        ({"db_path": 7}, "db_path"),
+        ({"db_path": b"x.db"}, "db_path"),
+        ({"db_path": "x\0.db"}, "db_path"),
+        ({"url": "no url"}, "url"),
+        ({"url": "mysql://localhost/x"}, "url.*mysql"),
+        ({"url": "sqlite+aiosqlite:///x.db"}, "url"),
+        ({"url": "sqlite:///file:x?mode=memory&uri=true"}, "url"),
+        ({"url": "sqlite:///file:/x?vfs=memdb&uri=true"}, "url"),
+        ({"db_path": "x.db", "url": "sqlite://"}, "url: got 'sqlite://', expected nothing, since db_path says"),
+        ({"db_path": "x.db", "durability": "some"}, "durability: got 'some', expected one of 'normal', 'full'"),
+        ({"db_path": "x.db", "busy_timeout": -1}, "busy_timeout"),
+        ({"db_path": "x.db", "busy_timeout": float("nan")}, "busy_timeout"),
+        ({"db_path": "x.db", "busy_timeout": 1e9}, "busy_timeout"),
+    ],
+)
+def test_what_names_no_database_is_refused_and_makes_nothing(
+    arguments: dict[str, Any], named: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InvalidInputError, match=named):
+        SwarmDB(**arguments)
+
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_password_is_not_shown() -> None:
+    with pytest.raises(InvalidInputError) as caught:
+        SwarmDB(url="mysql://user:secret@localhost/x")
+
+    assert "secret" not in str(caught.value)
+    assert "secret" not in str(caught.value.value)
+
+
+def test_a_folder_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InvalidInputError, match=r"db_path.*not of a folder"):
+        SwarmDB(tmp_path)
+
+
+def test_a_file_where_a_folder_is_needed_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(StorageError, match=r"file/x\.db: its folder can't be made"):
+        SwarmDB(tmp_path / "file" / "x.db")
+
+
+@pytest.mark.parametrize("content", [b"no database" * 100, b"SQLite format 3\0" + b"\xff" * 2000])
+def test_a_file_that_is_no_database_is_left_as_it_is(path: Path, content: bytes) -> None:
+    path.write_bytes(content)
+    with pytest.raises(StorageError, match=r"swarm\.db: file is not a database"):
+        SwarmDB(path)
+
+    assert path.read_bytes() == content
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_an_empty_file_becomes_a_database(path: Path) -> None:
+    path.touch()
+    with SwarmDB(path) as db:
+        assert db.schema_version == "2.1.0"
+
+
+@pytest.mark.parametrize("version", ["2.1.1", "3.0.0", "10.0.0", "banana", ""])
+def test_a_newer_or_unknown_version_is_refused_unwritten(path: Path, version: str) -> None:
+    with closing(sqlite3.connect(path)) as connection:
+        connection.execute("CREATE TABLE schema_info (key TEXT PRIMARY KEY, value TEXT NOT NULL, updated_at TEXT)")
+        connection.execute("INSERT INTO schema_info VALUES ('version', ?, 'x')", (version,))
+        connection.commit()
+    before = path.read_bytes()
+    with pytest.raises(SchemaError, match=rf"swarm\.db: its schema version is '?{version}"):
+        SwarmDB(path)
+
+    assert path.read_bytes() == before
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_tables_of_these_names_that_are_anothers_are_refused_unwritten(path: Path) -> None:
+    with closing(sqlite3.connect(path)) as connection:
+        connection.execute("CREATE TABLE task_metrics (task_id TEXT, cost REAL)")
+    before = dump(path)
+    with pytest.raises(SchemaError, match="task_metrics has no column agent_id, duration_ms"):
+        SwarmDB(path)
+
+    assert dump(path) == before
+    assert not list(path.parent.glob("*.bak"))
+
+
+def test_other_tables_in_the_file_are_left_alone(path: Path) -> None:
+    with closing(sqlite3.connect(path)) as connection:
+        connection.execute("CREATE TABLE other (x)")
+        connection.execute("INSERT INTO other VALUES (1)")
+        connection.commit()
+    with SwarmDB(path) as db:
+        assert db.schema_version == "2.1.0"
+        with db.transaction() as conn:
+            assert [tuple(row) for row in conn.execute("SELECT * FROM other")] == [(1,)]
+
+
+def test_opening_an_up_to_date_file_takes_no_write_lock_and_writes_nothing(path: Path) -> None:
+    SwarmDB(path).close()
+    before = path.read_bytes()
+    with closing(sqlite3.connect(path, isolation_level=None)) as holder:
+        holder.execute("BEGIN IMMEDIATE")
+        with SwarmDB(path, busy_timeout=0) as db:
+            assert db.list_agents() == []
+            with pytest.raises(BusyError, match="another writer held the database"):
+                db.register_agent("a", "t")
+        holder.execute("ROLLBACK")
+
+    assert path.read_bytes() == before
+
+
+def test_a_fresh_file_that_another_program_keeps_locked_is_waited_for(path: Path) -> None:
+    with closing(sqlite3.connect(path, isolation_level=None)) as holder:
+        holder.execute("BEGIN EXCLUSIVE")
+        with pytest.raises(BusyError, match="locked"):
+            SwarmDB(path, busy_timeout=0.05)
+        holder.execute("ROLLBACK")
+        holder.execute("CREATE TABLE x (y)")
+        holder.execute("BEGIN")
+        holder.execute("SELECT * FROM x").fetchall()  # A reader is enough to keep a file from changing its journal.
+        with pytest.raises(BusyError, match="another program keeps the file locked"):
+            SwarmDB(path, busy_timeout=0.05)
+
+
+def test_files_are_in_wal_mode_and_durability_is_set(path: Path) -> None:
+    for durability, synchronous in (("normal", 1), ("full", 2)):
+        with SwarmDB(path, durability=durability) as db:  # type: ignore[arg-type]
+            conn = db._get_connection()
+            assert conn.execute("PRAGMA journal_mode").fetchone()[0] == "wal"
+            assert conn.execute("PRAGMA synchronous").fetchone()[0] == synchronous
+            assert conn.execute("PRAGMA foreign_keys").fetchone()[0] == 1
+            assert conn.execute("PRAGMA busy_timeout").fetchone()[0] == 30_000
+
+
+def test_a_file_whose_journal_was_changed_is_in_wal_mode_again(path: Path) -> None:
+    SwarmDB(path).close()
+    with closing(sqlite3.connect(path)) as connection:
+        connection.execute("PRAGMA journal_mode = DELETE")
+    with SwarmDB(path) as db:
+        assert db._get_connection().execute("PRAGMA journal_mode").fetchone()[0] == "wal"
+
+
+def test_a_read_only_database_is_read_and_refuses_writes(path: Path) -> None:
+    with SwarmDB(path) as db:
+        db.register_agent("a", "t")
+    before = path.read_bytes()
+    with SwarmDB(url=f"sqlite:///file:{path}?mode=ro&uri=true") as db:
+        assert db.get_agent("a") is not None
+        for call in (
+            lambda: db.register_agent("b", "t"),
+            db.vacuum,
+            lambda: db.insert_events([EVENT]),  # type: ignore[list-item]
+        ):
+            with pytest.raises(StorageError, match="readonly"):
+                call()
+
+    assert path.read_bytes() == before
+
+
+def test_a_read_only_file_of_an_older_program_is_left_as_it_is(legacy: Path) -> None:
+    before = legacy.read_bytes()
+    with pytest.raises(StorageError, match="readonly"):
+        SwarmDB(url=f"sqlite:///file:{legacy}?mode=ro&uri=true")
+
+    assert legacy.read_bytes() == before
+
+
+def test_a_file_without_permission_is_named(path: Path) -> None:
+    if os.geteuid() == 0:
+        pytest.skip("root may read and write everything")
+    SwarmDB(path).close()
+    path.chmod(0o000)
+    with pytest.raises(StorageError, match=r"swarm\.db: unable to open database file"):
+        SwarmDB(path)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 400 KB of its own."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = shutil.which("mount") and subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=400k", "tmpfs", folder], capture_output=True, check=False
+    )
+    if not mounted or mounted.returncode:
+        pytest.skip("mounting a small file system needs to be root")
+    yield folder
+    subprocess.run(["umount", folder], check=True)
+
+
+def test_a_full_disk_is_named_and_nothing_is_half_written(small_disk: Path) -> None:
+    with SwarmDB(small_disk / "x.db") as db:
+        db.register_agent("a", "t")
+        before = db.list_agents()
+        with pytest.raises(StorageError, match="full"):
+            db.insert_events({**EVENT, "metadata": {"text": "x" * 1000}} for _ in range(1000))  # type: ignore[misc]
+        with pytest.raises(StorageError, match="full"), db.transaction():
+            db.register_agent("b", "t")
+            for _ in range(1000):
+                db.store_memory("s", "semantic", "k", "x" * 1000)
+
+        assert db.list_agents() == before
+        assert db.get_events() == []
+        assert db.list_memories("s") == []
+        assert db.check().ok
+        db.register_agent("c", "t")
+
+
+def test_no_room_is_named_and_nothing_is_half_written(path: Path) -> None:
+    """The same without being root: a limit on the file's pages is SQLite's own full disk."""
+    SwarmDB(path).close()
+    engine = create_engine(f"sqlite:///{path}")
+
+    @event.listens_for(engine, "connect")
+    def limit(raw: Any, record: object) -> None:
+        raw.execute("PRAGMA max_page_count = 60")
+
+    with SwarmDB(engine=engine) as db:
+        db.register_agent("a", "t")
+        with pytest.raises(StorageError, match="full"):
+            db.insert_events({**EVENT, "metadata": {"text": "x" * 1000}} for _ in range(1000))  # type: ignore[misc]
+        with pytest.raises(StorageError, match="full"), db.transaction():
+            db.register_agent("b", "t")
+            while True:
+                db.store_memory("s", "semantic", "k", "x" * 10_000)
+        with pytest.raises(StorageError, match="full"):
+            db.store_memory("s", "semantic", "k", "x" * 1_000_000)
+
+        assert [agent.agent_id for agent in db.list_agents()] == ["a"]
+        assert db.get_events() == []
+        assert db.list_memories("s") == []
+        assert db.check().ok
+        db.register_agent("c", "t")
+    engine.dispose()
+
+
+def test_a_file_size_limit_is_an_error_like_any_other(path: Path) -> None:
+    program = """
+import resource, signal, sys
+from moai_flow.memory import StorageError, SwarmDB
+db = SwarmDB(sys.argv[1])
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))
+try:
+    db.store_memory("s", "semantic", "k", "x" * 1_000_000)
+except StorageError as error:
+    print(error)
+assert db.list_memories("s") == []
+db.register_agent("a", "t")
+"""
+    assert resource.RLIMIT_FSIZE is not None
+    ran = subprocess.run([sys.executable, "-c", program, path], capture_output=True, text=True, check=True)
+
+    assert ran.stdout
+    with SwarmDB(path) as db:
+        assert db.check().ok
+        assert len(db.list_agents()) == 1
+
+
+@pytest.fixture
+def engine(path: Path) -> Iterator[Engine]:
+    """An engine of the caller's own."""
+    made = create_engine(f"sqlite:///{path}", poolclass=QueuePool, pool_size=3, max_overflow=0, pool_timeout=5)
+    yield made
+    made.dispose()
+
+
+def test_a_callers_engine_is_used_and_neither_changed_nor_disposed(engine: Engine, path: Path) -> None:
+    with SwarmDB(engine=engine) as db:
+        assert db.db_path == path
+        db.register_agent("a", "t")
+        with db.transaction() as conn:
+            conn.execute("UPDATE agent_registry SET agent_type = 'u'")
+        with engine.begin() as connection:
+            assert connection.exec_driver_sql("PRAGMA journal_mode").scalar() == "delete"
+            assert connection.exec_driver_sql("PRAGMA foreign_keys").scalar() == 0
+            raw: Any = connection.connection.driver_connection
+            assert (raw.isolation_level, raw.row_factory) == ("", None)
+    with engine.connect() as connection:
+        assert connection.exec_driver_sql("SELECT agent_type FROM agent_registry").scalar() == "u"
+        raw = connection.connection.driver_connection
+        assert (raw.isolation_level, raw.row_factory) == ("", None)
+    assert engine.pool.status().endswith("Current Checked out connections: 0")
+
+
+def test_a_callers_engine_serves_several_threads(engine: Engine) -> None:
+    import threading
+
+    with SwarmDB(engine=engine) as db:
+        threads = [threading.Thread(target=db.register_agent, args=(str(number), "t")) for number in range(12)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert len(db.list_agents()) == 12
+
+
+def test_engines_that_share_one_connection_are_refused() -> None:
+    engine = create_engine("sqlite://")
+    with pytest.raises(InvalidInputError, match=r"engine.*':memory:'"):
+        SwarmDB(engine=engine)
+    engine.dispose()
+
+
+def test_engines_of_other_databases_are_refused() -> None:
+    with pytest.raises(InvalidInputError, match=r"engine.*for SQLite"):
+        SwarmDB(engine=create_engine("postgresql+psycopg://localhost/x"))
+
+
+def test_the_same_file_by_two_objects_is_one_database(path: Path) -> None:
+    with SwarmDB(path) as one, SwarmDB(path) as other:
+        one.register_agent("a", "t")
+        assert other.get_agent("a") == one.get_agent("a")
