@@ -306,25 +306,20 @@ def test_a_fork_in_the_middle_of_a_transaction_leaves_it_to_the_parent(path: Pat
 
 def test_a_child_that_leaves_an_inherited_block_is_told_so_and_undoes_nothing(path: Path) -> None:
     with SwarmDB(path) as db:
-        child = 1
-        with db.session():
-            db.register_agent("a", "t")
-            blocks = db.transaction()
-            blocks.__enter__()
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", DeprecationWarning)
-                child = os.fork()
-            if child == 0:
-                status = 1
-                try:
-                    with pytest.raises(TransactionError, match="before a fork"):
-                        blocks.__exit__(None, None, None)
-                    status = 0
-                finally:
-                    os._exit(status)
-            assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-            db.register_agent("b", "t")
-            blocks.__exit__(None, None, None)
+        blocks = [db.session(), db.transaction(), db.session()]
+        for block in blocks:
+            block.__enter__()
+        db.register_agent("a", "t")
+
+        def child() -> None:
+            for block in reversed(blocks):
+                with pytest.raises(TransactionError, match="before a fork"):
+                    block.__exit__(None, None, None)
+
+        assert forked(child) == 0
+        db.register_agent("b", "t")
+        for block in reversed(blocks):
+            block.__exit__(None, None, None)
 
         assert {agent.agent_id for agent in db.list_agents()} == {"a", "b"}
 

@@ -297,6 +297,14 @@ def test_what_older_programs_wrote_as_json_is_read(db: SwarmDB) -> None:
         assert db.check().ok
 
 
+def test_a_missing_table_is_a_storage_error(db: SwarmDB) -> None:
+    run(db, "DROP TABLE swarm_metrics")
+    with pytest.raises(StorageError, match="no such table: swarm_metrics"):
+        db.check()
+    with pytest.raises(StorageError, match="no such table: swarm_metrics"):
+        db.get_swarm_metrics()
+
+
 def test_a_damaged_file_is_reported(path: Path) -> None:
     with SwarmDB(path) as db:
         db.insert_events({"event_type": "spawn", "agent_id": str(number), "agent_type": "t"} for number in range(500))

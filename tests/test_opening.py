@@ -385,6 +385,17 @@ def test_a_callers_engine_serves_several_threads(engine: Engine) -> None:
         assert len(db.list_agents()) == 12
 
 
+def test_an_engine_whose_statements_fail_is_a_storage_error(engine: Engine) -> None:
+    engine.connect().close()
+
+    @event.listens_for(engine, "checkout")
+    def interrupt(raw: Any, record: object, proxy: object) -> None:
+        raw.set_progress_handler(lambda: 1, 1)
+
+    with pytest.raises(StorageError, match="interrupted"):
+        SwarmDB(engine=engine)
+
+
 def test_engines_that_share_one_connection_are_refused() -> None:
     engine = create_engine("sqlite://")
     with pytest.raises(InvalidInputError, match=r"engine.*':memory:'"):

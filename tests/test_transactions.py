@@ -268,6 +268,7 @@ def test_an_exception_after_a_raw_end_is_the_one_that_comes_out(db: SwarmDB) -> 
         raise OopsError
     with pytest.raises(OopsError), db.session() as session:
         session.add(RegisteredAgent(agent_id="a", agent_type="t"))
+        session.flush()
         db._get_connection().rollback()
         raise OopsError
 
@@ -278,6 +279,16 @@ def test_a_raw_end_inside_a_session_is_noticed(db: SwarmDB) -> None:
     with pytest.raises(TransactionError, match="ended inside"), db.session() as session:
         session.add(RegisteredAgent(agent_id="a", agent_type="t"))
         db._get_connection().rollback()
+
+    assert agents(db) == set()
+
+
+def test_a_raw_end_around_a_session_is_noticed_though_another_transaction_began(db: SwarmDB) -> None:
+    with pytest.raises(TransactionError, match="ended inside"), db.transaction() as conn, db.session() as session:
+        session.add(RegisteredAgent(agent_id="a", agent_type="t"))
+        session.flush()
+        conn.rollback()
+        conn.execute("DELETE FROM agent_registry")
 
     assert agents(db) == set()
 

@@ -173,10 +173,11 @@ class Connections:
         return held
 
     def _drain(self) -> None:
-        while self._idle:
+        # Not by a loop over the list: another thread may take from it, or add to it, meanwhile.
+        while True:
             try:
                 held = self._idle.pop()
-            except IndexError:  # Another thread took the last one.
+            except IndexError:
                 return
             held.close()
 

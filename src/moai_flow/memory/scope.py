@@ -110,10 +110,8 @@ class Block:
         self._restore_writes()
         try:
             self.held.raw.execute("RELEASE swarmdb")
-        except sqlite3.OperationalError as error:
-            if error.sqlite_errorcode == sqlite3.SQLITE_ERROR:  # There is no such savepoint.
-                raise TransactionError(_ENDED_INSIDE) from error
-            raise
+        except sqlite3.OperationalError as error:  # There is no such savepoint.
+            raise TransactionError(_ENDED_INSIDE) from error
         if self.outer is not None:
             return
         if self.readonly:
@@ -218,7 +216,6 @@ class Scope:
             TransactionError: As `transaction`, or if something was pending at the end of a read-only session.
             ClosedError: After `close`.
         """
-        where = self._connections.where
         with self._block(readonly=readonly) as block:
             session = Session(block.held.connection, join_transaction_mode="create_savepoint", expire_on_commit=False)
             block.sessions = (*block.sessions, session)
@@ -228,12 +225,18 @@ class Scope:
                 if block.readonly and (session.new or session.dirty or session.deleted):
                     raise TransactionError("a read-only session writes nothing, and this one has changes pending")
                 try:
-                    session.commit()
+                    session.flush()
                 except SQLAlchemyError as error:
-                    raise translated(error, where) from error
+                    raise translated(error, self._connections.where) from error
+                try:
+                    session.commit()
+                except SQLAlchemyError as error:  # It only releases the session's savepoint, which is gone.
+                    raise TransactionError(_ENDED_INSIDE) from error
             finally:
                 if not block.is_inherited:
-                    _close(session, block)
+                    # After a commit there is nothing to undo; what else it fails at, the block's own end undoes.
+                    with suppress(SQLAlchemyError):
+                        session.close()
 
     # What the operation groups are made of.
 
@@ -421,15 +424,6 @@ def translating(where: str) -> Iterator[None]:
         raise
     except (sqlite3.Error, SQLAlchemyError) as error:
         raise translated(error, where) from error
-
-
-def _close(session: Session, block: Block) -> None:
-    try:
-        session.close()
-    except SQLAlchemyError:
-        # Its savepoint is gone where the transaction was ended inside; the block's own end says so.
-        if block.held.in_transaction:
-            raise
 
 
 def _current_task() -> object | None:

@@ -12,7 +12,7 @@ from contextlib import suppress
 from datetime import UTC, date, datetime, time, timedelta
 from decimal import Decimal
 from enum import Enum
-from pathlib import PurePath
+from pathlib import Path
 from typing import Any, Generic, TypeVar
 from uuid import UUID
 
@@ -25,7 +25,7 @@ from moai_flow.memory.enums import Vocabulary
 from moai_flow.memory.errors import InvalidInputError
 
 PLAIN_JSON = "JSON: None, bool, int, finite float, str, list, and dict with str keys"
-_DUMPED = (str, int, bool, type(None), datetime, date, time, timedelta, Decimal, UUID, Enum, PurePath)
+_DUMPED = (str, int, bool, type(None), datetime, date, time, timedelta, Decimal, UUID, Enum, Path)
 
 
 def utc_now() -> datetime:
