@@ -348,8 +348,8 @@ def test_a_migration_that_is_killed_is_done_by_the_next_opening(legacy: Path) ->
 import os, signal, sys
 from moai_flow.memory import migrations, SwarmDB
 normalise = migrations._normalise_times
-def normalise_and_die(held):
-    normalise(held)
+def normalise_and_die(held, where):
+    normalise(held, where)
     os.kill(os.getpid(), signal.SIGKILL)
 migrations._normalise_times = normalise_and_die
 SwarmDB(sys.argv[1])

@@ -96,7 +96,7 @@ class SwarmDB(EventOperations, AgentOperations, MemoryOperations, MetricOperatio
         # Runs at close(), when nobody uses the object any more, or when the interpreter ends, whichever comes first.
         self._finalizer = weakref.finalize(self, self._connections.close)
         held = self._connections.take()
-        self._programs = Programs(held.connection.dialect)
+        self._programs = Programs(held.connection.dialect, where)
         try:
             with translating(where):
                 bring_up_to_date(held, self._location, wal_wait=busy_timeout if engine is None else None)

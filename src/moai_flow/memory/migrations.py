@@ -149,7 +149,7 @@ def _migrate(held: Held, location: Location, version: str | None) -> None:
         for index in table_of(model).indexes:
             index.create(held.connection, checkfirst=True)
     if adopted:
-        _normalise_times(held)
+        _normalise_times(held, str(location))
     now = encode_iso(utc_now())
     upsert = "INSERT INTO schema_info (key, value, updated_at) VALUES (?, ?, ?) ON CONFLICT (key) DO "
     raw.execute(
@@ -224,14 +224,14 @@ class _Zones:
         return self.offsets[min(candidates, key=lambda index: abs(self.moments[index] - local))]
 
 
-def _normalise_times(held: Held) -> None:
+def _normalise_times(held: Held, where: str) -> None:
     """Rewrite every time as UTC in this version's format. What is no time at all stays, for `check` to name."""
     zones = _find_zones(held.connection)
     for model, column in time_columns():
         statement = Statement(
             update(table_of(model)).where(rowid_column == bindparam("rowid_")).values({column: bindparam("moment")})
         )
-        program = Program(statement, held.connection.dialect)
+        program = Program(statement, held.connection.dialect, where)
         for rowid, stored, beside in _in_chunks(held.connection, column):
             moment = _moment(stored, beside, zones)
             if moment is not None:

@@ -83,6 +83,7 @@ class Block:
         self.readonly = readonly
         self.sessions: tuple[Session, ...] = () if outer is None else outer.sessions
         self._process = os.getpid()
+        self._has_savepoint = False
 
     @property
     def is_inherited(self) -> bool:
@@ -96,6 +97,7 @@ class Block:
             self.held.connection.begin()  # It sends nothing; it lets an ORM session join.
             raw.execute("BEGIN" if self.readonly else "BEGIN IMMEDIATE")
         raw.execute("SAVEPOINT swarmdb")  # Nested ones may share a name: the innermost is meant.
+        self._has_savepoint = True
         if self.readonly:
             raw.execute("SELECT 1 FROM sqlite_master").fetchone()  # The first read is what the snapshot shows.
             raw.execute("PRAGMA query_only = ON")
@@ -124,7 +126,7 @@ class Block:
         with suppress(sqlite3.Error, SQLAlchemyError):
             if self.held.in_transaction:
                 self._restore_writes()
-                if self.outer is not None:
+                if self.outer is not None and self._has_savepoint:  # Without its own it would undo the outer block.
                     self.held.raw.execute("ROLLBACK TO swarmdb")
                     self.held.raw.execute("RELEASE swarmdb")
             if self.outer is None:

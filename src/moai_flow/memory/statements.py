@@ -46,11 +46,13 @@ class Query(Statement, Generic[R]):
 class Program:
     """A statement as one dialect runs it."""
 
-    def __init__(self, statement: Statement, dialect: Dialect) -> None:
+    def __init__(self, statement: Statement, dialect: Dialect, where: str) -> None:
+        """Compile *statement*; *where* is what errors call the database."""
         clause = cast(ClauseElement, statement.clause)
         compiled = cast(SQLCompiler, clause.compile(dialect=dialect, column_keys=list(statement.inserts) or None))
         self.sql = compiled.string
-        self.failure: type[Exception] = dialect.loaded_dbapi.Error
+        self._where = where
+        self._failure: type[Exception] = dialect.loaded_dbapi.Error
         self._slots = [
             (name, compiled.binds[name].type.dialect_impl(dialect).bind_processor(dialect))
             for name in compiled.positiontup or ()
@@ -79,10 +81,10 @@ class Program:
             logger.debug("%s %r", self.sql, bound)
         try:
             rows: list[Row] = raw.execute(self.sql, bound).fetchall()
-        except self.failure as error:
+        except self._failure as error:
             if self.rows is not None and is_undecodable(error):
                 raise self.rows.first_fault(_fetch_leniently(raw, self.sql, bound)) from error
-            raise translated(error) from error
+            raise translated(error, self._where) from error
         return rows
 
     def execute(self, raw: Any, bound: tuple[Any, ...]) -> Any:
@@ -95,8 +97,8 @@ class Program:
             logger.debug("%s %r", self.sql, bound)
         try:
             return raw.execute(self.sql, bound)
-        except self.failure as error:
-            raise translated(error) from error
+        except self._failure as error:
+            raise translated(error, self._where) from error
 
     def execute_many(self, raw: Any, bound: Iterable[tuple[Any, ...]]) -> None:
         """Run once for each of *bound*. The caller's transaction decides what stays if one of them fails.
@@ -107,19 +109,20 @@ class Program:
         logger.debug("%s (many)", self.sql)
         try:
             raw.executemany(self.sql, bound)
-        except self.failure as error:
-            raise translated(error) from error
+        except self._failure as error:
+            raise translated(error, self._where) from error
 
 
 class Programs(dict[Statement, Program]):
-    """The programs of one dialect, each compiled when it is first asked for."""
+    """The programs of one engine, each compiled when it is first asked for."""
 
-    def __init__(self, dialect: Dialect) -> None:
+    def __init__(self, dialect: Dialect, where: str) -> None:
         super().__init__()
-        self.dialect = dialect
+        self._dialect = dialect
+        self._where = where
 
     def __missing__(self, statement: Statement) -> Program:
-        program = self[statement] = Program(statement, self.dialect)
+        program = self[statement] = Program(statement, self._dialect, self._where)
         return program
 
 
@@ -225,11 +228,11 @@ def _stored_kinds(model: type[Record], name: str, column: Column[Any]) -> frozen
 _BUSY = frozenset({sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED})
 
 
-def translated(error: Exception, where: str = "") -> SwarmDBError:
+def translated(error: Exception, where: str) -> SwarmDBError:
     """Return what a driver's *error* means. SQLAlchemy's wrapping is taken off first."""
     if isinstance(error, DBAPIError) and error.orig is not None:
         return translated(error.orig, where)
-    message = f"{where}: {error}" if where else str(error)
+    message = f"{where}: {error}"
     code = getattr(error, "sqlite_errorcode", None)
     primary = None if code is None else code & 0xFF
     if primary in _BUSY:
