@@ -1,7 +1,9 @@
 """Every code block of the specification, with paths and elided SQL filled in, a block a test."""
 
+import ast
 import logging
 import os
+import re
 import sqlite3
 import threading
 from collections.abc import Iterator
@@ -11,6 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from conftest import REPOSITORY
 from moai_flow.memory import SwarmDB
 
 EVENT = (
@@ -108,19 +111,22 @@ def test_agent_registry(db: SwarmDB, capsys: pytest.CaptureFixture[str]) -> None
     # Update to complete with duration
     db.update_agent_status("agent-123", "complete", duration_ms=3000)
 
-    # get_agent()
-    found = db.get_agent("agent-123")
-    if found:
-        print(f"Status: {found['status']}")
-        print(f"Duration: {found['duration_ms']}ms")
-        print(f"Metadata: {found['metadata']}")
-    assert capsys.readouterr().out == (
-        "Status: complete\nDuration: 3000ms\nMetadata: {'prompt': 'Design API', 'priority': 'high'}\n"
-    )
-
     # Update to error
     db.update_agent_status("agent-123", "error")
     assert db.get_active_agents() == []
+
+
+def test_get_agent(db: SwarmDB, capsys: pytest.CaptureFixture[str]) -> None:
+    db.register_agent("agent-123", "expert-backend", metadata={"prompt": "Design API"})
+    db.update_agent_status("agent-123", "complete", duration_ms=3000)
+
+    agent = db.get_agent("agent-123")
+    if agent:
+        print(f"Status: {agent['status']}")
+        print(f"Duration: {agent['duration_ms']}ms")
+        print(f"Metadata: {agent['metadata']}")
+
+    assert capsys.readouterr().out == ("Status: complete\nDuration: 3000ms\nMetadata: {'prompt': 'Design API'}\n")
 
 
 def test_session_memory(db: SwarmDB, capsys: pytest.CaptureFixture[str]) -> None:
@@ -321,3 +327,26 @@ def test_best_practices(db: SwarmDB, capsys: pytest.CaptureFixture[str], caplog:
         logger.error(f"Failed to insert event: {e}")
         # Continue operation with degraded functionality
     assert "event_type: got 'no such type'" in caplog.text
+
+
+SPECIFICATION = REPOSITORY.parent / "shared" / "seed" / "swarm-db.md"
+
+
+def statements(source: str) -> set[str]:
+    """Return the simple statements of a program, each in one spelling."""
+    return {
+        ast.unparse(node)
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.Assign | ast.AnnAssign | ast.Expr)
+    }
+
+
+def test_no_statement_of_the_specification_is_missing_here() -> None:
+    if not SPECIFICATION.exists():
+        pytest.skip("the specification is not beside this checkout")
+    blocks = re.findall(r"```python\n(.*?)```", SPECIFICATION.read_text(), re.DOTALL)
+    specified = set().union(*map(statements, blocks))
+    elided = {statement for statement in specified if "..." in statement or "/custom/path" in statement}
+
+    assert len(blocks) == 23
+    assert specified - elided - statements(Path(__file__).read_text()) == set()
