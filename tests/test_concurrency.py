@@ -331,8 +331,8 @@ import os, sys
 from moai_flow.memory import SwarmDB
 db = SwarmDB(sys.argv[1])
 with db.transaction():
-    for number in range(200):
-        db.insert_event({"event_type": "spawn", "agent_id": str(number), "agent_type": "t" * 500})
+    for number in range(200):  # More than the page cache holds, so that part of it is in the log already.
+        db.insert_event({"event_type": "spawn", "agent_id": str(number), "agent_type": "t" * 100_000})
     if os.fork() == 0:
         raise SystemExit(0)
     os.wait()

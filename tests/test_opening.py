@@ -6,6 +6,7 @@ import shutil
 import sqlite3
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -192,7 +193,7 @@ def test_opening_an_up_to_date_file_takes_no_write_lock_and_writes_nothing(path:
         holder.execute("BEGIN IMMEDIATE")
         with SwarmDB(path, busy_timeout=0) as db:
             assert db.list_agents() == []
-            with pytest.raises(BusyError, match="another writer held the database"):
+            with pytest.raises(BusyError, match="another user held the database"):
                 db.register_agent("a", "t")
         holder.execute("ROLLBACK")
 
@@ -374,8 +375,6 @@ def test_a_callers_engine_is_used_and_neither_changed_nor_disposed(engine: Engin
 
 
 def test_a_callers_engine_serves_several_threads(engine: Engine) -> None:
-    import threading
-
     with SwarmDB(engine=engine) as db:
         threads = [threading.Thread(target=db.register_agent, args=(str(number), "t")) for number in range(12)]
         for thread in threads:
@@ -383,6 +382,20 @@ def test_a_callers_engine_serves_several_threads(engine: Engine) -> None:
         for thread in threads:
             thread.join()
         assert len(db.list_agents()) == 12
+
+
+def test_a_callers_engine_gets_nothing_back_that_a_dead_thread_left(engine: Engine) -> None:
+    def leave_open() -> None:
+        db._get_connection().execute("INSERT INTO schema_info (key, value) VALUES ('k', 'v')")
+
+    with SwarmDB(engine=engine) as db:
+        for _ in range(5):
+            thread = threading.Thread(target=leave_open)
+            thread.start()
+            thread.join()
+            with engine.connect() as connection:
+                raw: Any = connection.connection.driver_connection
+                assert (raw.isolation_level, raw.row_factory, raw.in_transaction) == ("", None, False)
 
 
 def test_an_engine_whose_statements_fail_is_a_storage_error(engine: Engine) -> None:

@@ -1,6 +1,6 @@
 """Where a swarm of agents keeps its events, its registry, its memory and its metrics.
 
-Example:
+Examples:
     >>> from moai_flow.memory import SwarmDB
     >>> with SwarmDB(":memory:") as db:
     ...     _ = db.store_memory("session-1", "context_hint", "language", "python")

@@ -37,7 +37,7 @@ class SwarmDB(EventOperations, AgentOperations, MemoryOperations, MetricOperatio
     One object serves all threads of a process. After a fork the child uses it on, with connections of its own. As a
     context manager it closes itself.
 
-    Example:
+    Examples:
         >>> with SwarmDB(":memory:") as db:
         ...     agent = db.register_agent("agent-1", "expert-backend")
         ...     db.update_agent_status("agent-1", "running").status

@@ -83,7 +83,7 @@ class ConflictError(SwarmDBError, sqlite3.IntegrityError):
 
 
 class BusyError(SwarmDBError, sqlite3.OperationalError):
-    """Another writer held the database for longer than the busy timeout. Nothing was written; a retry may succeed."""
+    """Another user held the database for longer than the busy timeout. Nothing was written; a retry may succeed."""
 
 
 class StorageError(SwarmDBError, sqlite3.OperationalError):
@@ -116,7 +116,10 @@ class CorruptDataError(SwarmDBError):
 
 
 class TransactionError(SwarmDBError):
-    """A transaction was used in a way that it can't keep its promise. What was open is rolled back."""
+    """A transaction was used in a way that it can't keep its promise. The call that raises it did nothing.
+
+    Where the block itself ends with it, what the block did is rolled back.
+    """
 
 
 class ClosedError(SwarmDBError):

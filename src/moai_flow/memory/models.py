@@ -66,7 +66,12 @@ class Record(SQLModel, registry=registry()):
 
 
 class EventCursor(NamedTuple):
-    """A position in the order of events, to page from. It stays valid when its event is deleted."""
+    """A position in the order of events, to page from. It stays valid when its event is deleted.
+
+    Attributes:
+        timestamp: The event's time, in UTC.
+        id: Its number in this database.
+    """
 
     timestamp: datetime
     id: int

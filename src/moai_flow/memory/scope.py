@@ -176,7 +176,7 @@ class Scope:
         the commit.
 
         Placeholders are the driver's; on SQLite that is ``?``, and rows are `sqlite3.Row`. Neither ``commit()``
-        nor ``rollback()`` may be called inside.
+        nor ``rollback()`` may be called inside. What raw SQL raises inside the block is the driver's own error.
 
         Yields:
             The driver's connection, good until the block ends.
@@ -203,7 +203,8 @@ class Scope:
         What is pending is flushed and committed when the block ends, and rolled back if it raises anything at all.
         Domain methods called inside, by this thread and asyncio task, are part of it: they see what the session
         has pending, and what the session has loaded is read again after they write. ``session.commit()`` inside the
-        block flushes; only the end of the outermost block makes it durable.
+        block flushes; only the end of the outermost block makes it durable. What the session raises itself inside the
+        block, at ``flush()`` or ``exec()``, is SQLAlchemy's own error.
 
         Args:
             readonly: Give a consistent snapshot instead: no write lock is taken, writes of others in the meantime stay

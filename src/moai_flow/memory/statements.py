@@ -236,7 +236,7 @@ def translated(error: Exception, where: str) -> SwarmDBError:
     code = getattr(error, "sqlite_errorcode", None)
     primary = None if code is None else code & 0xFF
     if primary in _BUSY:
-        return BusyError(f"{message}: another writer held the database for longer than the busy timeout")
+        return BusyError(f"{message}: another user held the database for longer than the busy timeout")
     if primary == sqlite3.SQLITE_CONSTRAINT:
         return ConflictError(message)
     return StorageError(message)

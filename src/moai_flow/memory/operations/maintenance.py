@@ -148,7 +148,7 @@ class MaintenanceOperations(Scope):
         """Delete events older than *days*.
 
         Args:
-            days: Age in days, counted from now. Zero deletes all that is not in the future.
+            days: Age in days, counted from now. Zero deletes all that happened before now.
 
         Returns:
             How many events were deleted.
