@@ -229,6 +229,13 @@ def test_the_zone_is_found_row_by_row_through_daylight_saving(old: Path, zone: s
     assert {timestamp.hour for timestamp in found.values()} == {10}
 
 
+def test_an_hour_that_comes_twice_is_told_apart_by_its_row(old: Path) -> None:
+    add_event(old, "first", "2025-10-26T02:30:00", "2025-10-26 00:30:00")
+    add_event(old, "again", "2025-10-26T02:30:00", "2025-10-26 01:30:00")
+    with SwarmDB(old) as db:
+        assert [(event.agent_id, event.timestamp.hour) for event in db.iter_events()] == [("first", 0), ("again", 1)]
+
+
 def test_quarter_hour_zones_and_the_ends_of_the_world_are_found(old: Path) -> None:
     for name, local in {
         "Kathmandu": "2025-01-15T15:45:00",

@@ -213,6 +213,17 @@ def test_a_fresh_file_that_another_program_keeps_locked_is_waited_for(path: Path
             SwarmDB(path, busy_timeout=0.05)
 
 
+def test_a_reader_that_leaves_in_time_is_waited_for(path: Path) -> None:
+    with closing(sqlite3.connect(path, isolation_level=None, check_same_thread=False)) as reader:
+        reader.execute("CREATE TABLE x (y)")
+        reader.execute("BEGIN")
+        reader.execute("SELECT * FROM x").fetchall()
+        leaving = threading.Timer(0.2, reader.execute, ["COMMIT"])
+        leaving.start()
+        SwarmDB(path, busy_timeout=20).close()
+        leaving.join()
+
+
 def test_files_are_in_wal_mode_and_durability_is_set(path: Path) -> None:
     for durability, synchronous in (("normal", 1), ("full", 2)):
         with SwarmDB(path, durability=durability) as db:  # type: ignore[arg-type]

@@ -66,6 +66,8 @@ def test_what_a_block_did_is_committed_at_its_end(file_db: SwarmDB) -> None:
             file_db.register_agent("a", "t")
             assert agents(other) == set()
         assert agents(other) == {"a"}
+        file_db.register_agent("b", "t")  # On the connection that the block had, and by itself again.
+        assert agents(other) == {"a", "b"}
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit, GeneratorExit, asyncio.CancelledError])
@@ -395,7 +397,7 @@ def test_in_memory_a_reading_task_is_refused_as_well() -> None:
     async def main() -> None:
         with db.transaction():
             async with asyncio.timeout(5):
-                with pytest.raises(BusyError):
+                with pytest.raises(BusyError, match="another asyncio task of this thread"):
                     await asyncio.create_task(read())
 
     async def read() -> None:
