@@ -190,6 +190,8 @@ BROKEN = {
     "agent_events.agent_type": (EVENT + "('e', 'spawn', 'a', x'00ff', ?, '{}', ?)", (GOOD, GOOD)),
     "agent_events.agent_type ": (EVENT + "('e', 'spawn', 'a', CAST(x'ff61' AS TEXT), ?, '{}', ?)", (GOOD, GOOD)),
     "agent_registry.spawn_time": (AGENT + "('a', 't', 'running', 'soon', ?)", (GOOD,)),
+    "agent_registry.spawn_time ": (AGENT + "('a', 't', 'running', 9e999, ?)", (GOOD,)),
+    "agent_registry.spawn_time  ": (AGENT + "('a', 't', 'running', 1e18, ?)", (GOOD,)),
     "session_memory.value": (MEMORY + "('s', 'semantic', 'k', '{bad', ?, NULL, ?)", (GOOD, GOOD)),
     "session_memory.value ": (MEMORY + "('s', 'semantic', 'k', x'01', ?, NULL, ?)", (GOOD, GOOD)),
     "session_memory.value  ": (MEMORY + "('s', 'semantic', 'k', ?, ?, NULL, ?)", ("[" * 100_000, GOOD, GOOD)),

@@ -213,12 +213,13 @@ def test_a_fresh_file_that_another_program_keeps_locked_is_waited_for(path: Path
             SwarmDB(path, busy_timeout=0.05)
 
 
-def test_a_reader_that_leaves_in_time_is_waited_for(path: Path) -> None:
-    with closing(sqlite3.connect(path, isolation_level=None, check_same_thread=False)) as reader:
-        reader.execute("CREATE TABLE x (y)")
-        reader.execute("BEGIN")
-        reader.execute("SELECT * FROM x").fetchall()
-        leaving = threading.Timer(0.2, reader.execute, ["COMMIT"])
+@pytest.mark.parametrize("statement", ["SELECT * FROM x", "INSERT INTO x VALUES (1)"])
+def test_a_program_that_leaves_in_time_is_waited_for(path: Path, statement: str) -> None:
+    with closing(sqlite3.connect(path, isolation_level=None, check_same_thread=False)) as other:
+        other.execute("CREATE TABLE x (y)")
+        other.execute("BEGIN")
+        other.execute(statement).fetchall()
+        leaving = threading.Timer(0.2, other.execute, ["COMMIT"])
         leaving.start()
         SwarmDB(path, busy_timeout=20).close()
         leaving.join()

@@ -34,8 +34,8 @@ _LONGEST_TIMEOUT = 2_147_483
 class SwarmDB(EventOperations, AgentOperations, MemoryOperations, MetricOperations, MaintenanceOperations):
     """Everything a swarm remembers, behind one object.
 
-    One object serves all threads of a process. After a fork the child uses it on, with connections of its own. As a
-    context manager it closes itself.
+    One object serves all threads of a process. After a fork the child uses it on, with connections of its own; of a
+    database in memory it has a copy. As a context manager it closes itself.
 
     Examples:
         >>> with SwarmDB(":memory:") as db:
@@ -65,7 +65,8 @@ class SwarmDB(EventOperations, AgentOperations, MemoryOperations, MetricOperatio
             url: An SQLAlchemy URL instead, such as ``sqlite:///swarm.db``.
             engine: An SQLAlchemy engine instead. It keeps its own settings, gets no listeners, and is not disposed.
             durability: What an acknowledged write survives: ``"normal"`` a crash of the program, ``"full"`` a power
-                loss as well, for the price of a disk flush at each commit.
+                loss as well, for the price of a disk flush at each commit. With ``"normal"``, a power loss may take
+                the last commits, and leaves the file sound.
             busy_timeout: How long a call waits for another writer, in seconds, before it raises `BusyError`.
             clock: Returns the present moment, aware of its zone. For tests.
 

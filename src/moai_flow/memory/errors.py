@@ -47,7 +47,7 @@ class SwarmDBError(Exception):
 
 
 class InvalidInputError(SwarmDBError, ValueError):
-    """A value that was passed in can't be accepted. Nothing was written.
+    """A value that was passed in can't be accepted, or a stored one is not of the type asked for. Nothing was written.
 
     Attributes:
         field: The parameter or key, with the path inside it where it has one: ``metadata['scores'][3]``.

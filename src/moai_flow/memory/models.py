@@ -21,7 +21,17 @@ from moai_flow.memory.enums import (
     SwarmMetricType,
     TaskResult,
 )
-from moai_flow.memory.types import Count, EnumText, ISOText, JSONObjectText, JSONText, Real, UTCDateTime, utc_now
+from moai_flow.memory.types import (
+    Count,
+    EnumText,
+    EpochSeconds,
+    ISOText,
+    JSONObjectText,
+    JSONText,
+    Real,
+    UTCDateTime,
+    utc_now,
+)
 
 _NOW: dict[str, Any] = {"server_default": text("CURRENT_TIMESTAMP")}
 _ZERO: dict[str, Any] = {"server_default": text("0")}
@@ -138,11 +148,13 @@ class RegisteredAgent(Record, table=True):
     )
     spawn_time: float = Field(
         default_factory=lambda: utc_now().timestamp(),
-        sa_type=Real,
+        sa_type=EpochSeconds,
         description="When it was last registered, in seconds since the epoch.",
     )
     complete_time: float | None = Field(
-        default=None, sa_type=Real, description="When it ended, in seconds since the epoch; None while it hasn't."
+        default=None,
+        sa_type=EpochSeconds,
+        description="When it ended, in seconds since the epoch; None while it hasn't.",
     )
     duration_ms: int | None = Field(
         default=None, description="How long it took, in milliseconds, where its writer said so."

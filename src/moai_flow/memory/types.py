@@ -234,6 +234,21 @@ class Real(TypeDecorator[float]):
         return None if value is None else float(value)
 
 
+class EpochSeconds(Real):
+    """A moment in seconds since the epoch: a float that a datetime can hold."""
+
+    cache_ok = True
+
+    def process_result_value(self, value: float | None, dialect: Dialect) -> float | None:
+        seconds = super().process_result_value(value, dialect)
+        if seconds is not None:
+            try:
+                datetime.fromtimestamp(seconds, UTC)
+            except (OverflowError, OSError):
+                raise ValueError("it is outside the years 1 to 9999") from None
+        return seconds
+
+
 class Count(TypeDecorator[int]):
     """How many of something. NULL, which raw SQL may have left there, reads as none."""
 
