@@ -1,0 +1,485 @@
+"""The commands: what they take, which call of the facade answers, and what they print."""
+
+import io
+import sqlite3
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import datetime
+from importlib import metadata
+from pathlib import Path
+from time import perf_counter
+from typing import Annotated, Any, TypeVar, cast
+from uuid import uuid4
+
+import typer
+from sqlalchemy import Text, func, inspect, type_coerce
+from sqlmodel import col, select
+
+from moai_flow.memory import (
+    AgentEvent,
+    AgentStatus,
+    CheckReport,
+    EventType,
+    InvalidInputError,
+    MemoryType,
+    RegisteredAgent,
+    SessionMemory,
+    StorageError,
+    SwarmDB,
+    SwarmDBError,
+)
+from moai_flow.memory.cli import show
+from moai_flow.memory.cli.demo import report, watch
+from moai_flow.memory.cli.failures import in_one_line
+from moai_flow.memory.cli.swarm import Plan, files_of
+from moai_flow.memory.engine import Location, create, locate
+from moai_flow.memory.enums import Vocabulary
+from moai_flow.memory.migrations import VERSION
+from moai_flow.memory.models import TABLES
+from moai_flow.memory.scope import translating
+from moai_flow.memory.types import decode_json, decode_time
+
+V = TypeVar("V", bound=Vocabulary)
+
+#: How long a command waits for another writer, in seconds. Somebody sits in front of it.
+BUSY_TIMEOUT = 5.0
+
+_ABSENT = object()
+
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
+
+Database = Annotated[
+    str | None,
+    typer.Option(
+        "--db",
+        metavar="FILE",
+        help="The database, a file or an SQLite URL. Default: SWARMDB_URL, MOAI_DB_PATH, or .moai/memory/swarm.db.",
+    ),
+]
+AsJSON = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else.")]
+Session = Annotated[str, typer.Argument(metavar="SESSION", help="The session.")]
+Kind = Annotated[
+    str,
+    typer.Argument(
+        metavar="TYPE",
+        help=f"Which kind of memory: {', '.join(MemoryType)}.",
+        autocompletion=lambda: [word.value for word in MemoryType],
+    ),
+]
+Key = Annotated[str, typer.Argument(metavar="KEY", help="Its name within session and type.")]
+
+
+def _one_of(vocabulary: type[Vocabulary], option: str, text: str) -> Any:
+    """Return an option for a word of a vocabulary, which the shell completes."""
+    return typer.Option(
+        option,
+        metavar="WORD",
+        help=f"{text}: {', '.join(vocabulary)}.",
+        autocompletion=lambda: [word.value for word in vocabulary],
+    )
+
+
+def run() -> None:
+    """Run the command. What can't be done ends it with one line and exit status 1."""
+    # A terminal may not know a letter that a row holds: then it shows the letter's code.
+    cast(io.TextIOWrapper, sys.stdout).reconfigure(errors="backslashreplace")
+    with in_one_line():
+        app(prog_name="swarmdb")
+
+
+# Options that many commands share
+
+
+def _locate(db: str | None) -> Location:
+    location = locate(None, db) if db is not None and "://" in db else locate(db, None)
+    if location.path is None:
+        raise InvalidInputError("db", str(location), "a file, which is there after the command has ended")
+    return location
+
+
+@contextmanager
+def _opened(db: str | None, *, create_missing: bool = False) -> Iterator[SwarmDB]:
+    """Open the database that the user means. One that does not exist is only made where it is to be written."""
+    location = _locate(db)
+    if not create_missing:
+        _check_exists(location)
+    with SwarmDB(url=location.url, busy_timeout=BUSY_TIMEOUT) as store, translating(str(location)):
+        yield store
+
+
+def _check_exists(location: Location) -> None:
+    if not Path(str(location)).exists():
+        raise StorageError(f"no database at {location}")
+    # Opening a file of another program would add our tables to it.
+    with translating(str(location)):
+        tables = inspect(create(location, durability="normal", busy_timeout=BUSY_TIMEOUT)).get_table_names()
+    if not {str(model.__tablename__) for model in TABLES}.intersection(tables):
+        raise StorageError(f"no database at {location}: the file has none of SwarmDB's tables")
+
+
+def _recognised(db: SwarmDB, vocabulary: type[V], word: str, column: Any, parameter: str) -> V:
+    """Return the member to look for. A word that is not listed is one if a row has it, as rows of older programs may.
+
+    Raises:
+        BadParameter: If it is neither.
+    """
+    member = vocabulary.read(word)
+    if not member.is_listed:
+        with db.session(readonly=True) as session:
+            if session.exec(select(column).where(column == member).limit(1)).first() is None:
+                raise typer.BadParameter(f"{word!r} is none of {', '.join(vocabulary)}.", param_hint=f"'{parameter}'")
+    return member
+
+
+def _recognised_filter(db: SwarmDB, vocabulary: type[V], word: str | None, column: Any, parameter: str) -> V | None:
+    return None if word is None else _recognised(db, vocabulary, word, column, parameter)
+
+
+def _show_version(wanted: bool) -> None:  # noqa: FBT001 (typer passes it by position)
+    if wanted:
+        try:
+            installed = metadata.version("moai-flow-memory")
+        except metadata.PackageNotFoundError:  # It runs from a checkout.
+            installed = "(not installed)"
+        show.line(f"swarmdb {installed}, schema {VERSION}, SQLite {sqlite3.sqlite_version}")
+        raise typer.Exit
+
+
+@app.callback()
+def swarmdb(
+    *,
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=_show_version, is_eager=True)
+    ] = False,
+) -> None:
+    """What a swarm of agents remembers: its events, its registry, its memory and its metrics."""
+
+
+@app.command()
+def demo(
+    folder: Annotated[
+        Path, typer.Argument(metavar="FOLDER", readable=False, help="The folder whose files the agents read.")
+    ] = Path(),
+    *,
+    db: Annotated[
+        str | None,
+        typer.Option("--db", metavar="FILE", help="The database. Default: a fresh .moai/demo-<time>.db."),
+    ] = None,
+    processes: Annotated[int, typer.Option(min=1, max=16, help="How many processes work.")] = 2,
+    threads: Annotated[int, typer.Option(min=1, max=16, help="How many agents each process runs.")] = 4,
+) -> None:
+    """Watch a real swarm: agents in several processes read a folder's files, and count what is in them."""
+    if not folder.is_dir():
+        raise InvalidInputError("folder", str(folder), "a folder that exists")
+    location = _locate(f".moai/demo-{datetime.now().astimezone():%Y%m%d-%H%M%S-%f}.db" if db is None else db)
+    started = perf_counter()
+    with SwarmDB(url=location.url) as store, translating(str(location)):
+        files = files_of(folder, database=store.db_path)
+        plan = Plan(f"demo-{uuid4().hex[:8]}", location.url, folder.absolute(), files, processes, threads)
+        agents = show.counted(len(plan.agents), "agent", "agents")
+        show.line(f"{agents} in {show.counted(processes, 'process', 'processes')}")
+        show.line(f"{show.counted(len(files), 'file', 'files')} in {plan.folder}")
+        try:
+            watch(store, plan)
+        except KeyboardInterrupt:
+            typer.echo(f"swarmdb: interrupted; what was found until then is in {location}", err=True)
+            raise
+        has_completed = report(store, plan)
+    show.line(f"It took {perf_counter() - started:.1f} seconds. All of this is in the database:")
+    show.line(f"  {location}")
+    show.line("Look further, with --db and this path:")
+    for command in ("events", f"agents {plan.agents[0]}", f"memory list {plan.run}"):
+        show.line(f"  swarmdb {command}")
+    if not has_completed:
+        raise StorageError("not every agent completed; the errors above say why")
+
+
+@app.command()
+def status(*, db: Database = None, as_json: AsJSON = False) -> None:
+    """Show what a database holds, and how large it is."""
+    with _opened(db) as store, store.session(readonly=True) as session:
+        rows = {
+            str(model.__tablename__): session.exec(select(func.count()).select_from(model)).one() for model in TABLES
+        }
+        by_status = select(RegisteredAgent.status, func.count()).group_by(col(RegisteredAgent.status))
+        agents = dict(session.exec(by_status).all())
+        # As text: one time that can't be decoded hides nothing here. It is for check to complain.
+        event_time = type_coerce(col(AgentEvent.timestamp), Text)
+        about: dict[str, Any] = {
+            "path": str(store.db_path),
+            "schema_version": store.schema_version,
+            "size_bytes": store.size_bytes(),
+            "sqlite_version": sqlite3.sqlite_version,
+            "oldest_event": _moment(session.exec(select(func.min(event_time))).one()),
+            "newest_event": _moment(session.exec(select(func.max(event_time))).one()),
+        }
+    if as_json:
+        show.as_json({**about, "rows": rows, "agents": agents})
+        return
+    show.facts({name.replace("_", " "): value for name, value in about.items()})
+    show.table("Rows", [show.text("table"), show.number("rows")], rows.items())
+    show.table("Agents", [show.text("status"), show.number("agents")], sorted(agents.items()))
+
+
+def _moment(stored: Any) -> Any:
+    try:
+        return decode_time(stored)
+    except (ValueError, TypeError):
+        return stored
+
+
+@app.command()
+def agents(
+    agent_id: Annotated[str | None, typer.Argument(metavar="AGENT_ID", help="Show this agent only.")] = None,
+    *,
+    status: Annotated[
+        str | None,
+        _one_of(AgentStatus, "--status", "Only agents in this state"),
+    ] = None,
+    agent_type: Annotated[str | None, typer.Option("--type", help="Only agents of this type.")] = None,
+    db: Database = None,
+    as_json: AsJSON = False,
+) -> None:
+    """List the registry's agents, newest spawn first, or show one."""
+    if agent_id is not None and (status is not None or agent_type is not None):
+        raise typer.BadParameter("one agent is shown whatever its state and type.", param_hint="AGENT_ID")
+    with _opened(db) as store:
+        if agent_id is not None:
+            _show_agent(store, agent_id, as_json=as_json)
+            return
+        state = _recognised_filter(store, AgentStatus, status, col(RegisteredAgent.status), "--status")
+        found = store.list_agents(state, agent_type)
+    if as_json:
+        show.as_json(found)
+        return
+    show.table(
+        "Agents",
+        [show.name("agent"), show.name("status"), show.time("spawned (UTC)"), show.number("ms")],
+        (((agent.agent_id, agent.agent_type), agent.status, agent.spawned_at, agent.duration_ms) for agent in found),
+    )
+
+
+def _show_agent(store: SwarmDB, agent_id: str, *, as_json: bool) -> None:
+    agent = store.get_agent(agent_id)
+    if agent is None:
+        raise SwarmDBError(f"no agent is registered as {agent_id!r}")
+    if as_json:
+        show.as_json(agent)
+    else:
+        times = {"spawn_time": agent.spawned_at, "complete_time": agent.completed_at}
+        show.facts({name.replace("_", " "): value for name, value in {**dict(agent), **times}.items()})
+
+
+@app.command()
+def events(
+    *,
+    agent: Annotated[str | None, typer.Option(help="Only events of this agent.")] = None,
+    event_type: Annotated[
+        str | None,
+        _one_of(EventType, "--type", "Only events of this type"),
+    ] = None,
+    limit: Annotated[int, typer.Option(help="How many at most.")] = 100,
+    since: Annotated[
+        str | None,
+        typer.Option(metavar="TIME", help="Only events at or after this time, in ISO-8601."),
+    ] = None,
+    until: Annotated[
+        str | None, typer.Option(metavar="TIME", help="Only events before this time, in ISO-8601.")
+    ] = None,
+    db: Database = None,
+    as_json: AsJSON = False,
+) -> None:
+    """List events, newest first. A time without a zone is local time."""
+    with _opened(db) as store:
+        kind = _recognised_filter(store, EventType, event_type, col(AgentEvent.event_type), "--type")
+        found = store.get_events(agent, kind, limit, since=since, until=until)
+    if as_json:
+        show.as_json(found)
+        return
+    show.table(
+        "Events",
+        [show.time("time (UTC)"), show.name("event"), show.name("agent"), show.text("metadata")],
+        (
+            (event.timestamp, event.event_type, (event.agent_id, event.agent_type), show.brief(event.metadata_))
+            for event in found
+        ),
+    )
+
+
+memory = typer.Typer(no_args_is_help=True)
+app.add_typer(memory, name="memory", help="Read and write what sessions remember.")
+
+
+@memory.command("list")
+def list_memories(
+    session_id: Session,
+    *,
+    memory_type: Annotated[
+        str | None,
+        _one_of(MemoryType, "--type", "Only this kind of memory"),
+    ] = None,
+    prefix: Annotated[str | None, typer.Option(help="Only keys that begin with this.")] = None,
+    db: Database = None,
+    as_json: AsJSON = False,
+) -> None:
+    """List what a session remembers, by type and key."""
+    with _opened(db) as store:
+        kind = _recognised_filter(store, MemoryType, memory_type, col(SessionMemory.memory_type), "--type")
+        found = store.list_memories(session_id, kind, prefix)
+    if as_json:
+        show.as_json(found)
+        return
+    show.table(
+        "Memory",
+        [show.name("type"), show.text("key"), show.text("value"), show.time("expires (UTC)")],
+        ((entry.memory_type, entry.key, show.brief(entry.value), entry.expires_at) for entry in found),
+    )
+
+
+@memory.command("get")
+def get_memory(
+    session_id: Session, memory_type: Kind, key: Key, *, db: Database = None, as_json: AsJSON = False
+) -> None:
+    """Print the value of a key: text as it is, everything else as JSON. With --json, text is JSON too."""
+    with _opened(db) as store:
+        kind = _recognised(store, MemoryType, memory_type, col(SessionMemory.memory_type), "TYPE")
+        value = store.get_memory(session_id, kind, key, default=_ABSENT)
+    if value is _ABSENT:
+        raise _no_memory(session_id, memory_type, key)
+    if isinstance(value, str) and not as_json:
+        typer.echo(value)
+    else:
+        show.as_json(value)
+
+
+@memory.command("set")
+def set_memory(
+    session_id: Session,
+    memory_type: Annotated[MemoryType, typer.Argument(metavar="TYPE", help="Which kind of memory.")],
+    key: Key,
+    value: Annotated[
+        str,
+        typer.Argument(metavar="VALUE", help="A JSON value, after -- if it begins with a dash."),
+    ],
+    *,
+    text: Annotated[bool, typer.Option("--text", help="VALUE is text, not JSON.")] = False,
+    ttl_hours: Annotated[int | None, typer.Option(help="How many hours it lives. Default: for ever.")] = None,
+    db: Database = None,
+) -> None:
+    """Store a value under a key. The database is made if it does not exist."""
+    decoded = value if text else _decoded(value)
+    with _opened(db, create_missing=True) as store:
+        store.store_memory(session_id, memory_type, key, decoded, ttl_hours)
+
+
+@memory.command("delete")
+def delete_memory(session_id: Session, memory_type: Kind, key: Key, *, db: Database = None) -> None:
+    """Remove a key, with its whole history."""
+    with _opened(db) as store:
+        kind = _recognised(store, MemoryType, memory_type, col(SessionMemory.memory_type), "TYPE")
+        if not store.delete_memory(session_id, kind, key):
+            raise _no_memory(session_id, memory_type, key)
+
+
+@app.command()
+def cleanup(
+    *,
+    days: Annotated[int, typer.Option(help="Delete what is older than so many days.")] = 30,
+    db: Database = None,
+    as_json: AsJSON = False,
+) -> None:
+    """Delete old events."""
+    with _opened(db) as store:
+        deleted = store.cleanup_old_events(days)
+    if as_json:
+        show.as_json({"deleted_events": deleted})
+    else:
+        events, age = show.counted(deleted, "event", "events"), show.counted(days, "day", "days")
+        show.line(f"deleted {events} older than {age}")
+
+
+@app.command()
+def vacuum(*, db: Database = None) -> None:
+    """Give the space of deleted rows back to the disk."""
+    with _opened(db) as store:
+        before = store.size_bytes()
+        store.vacuum()
+        show.line(f"{before:,} bytes before, {store.size_bytes():,} bytes now")
+
+
+@app.command()
+def backup(
+    path: Annotated[str, typer.Argument(metavar="PATH", help="The file to write.")],
+    *,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file if it exists.")] = False,
+    db: Database = None,
+    as_json: AsJSON = False,
+) -> None:
+    """Copy a database into a file, while others go on reading and writing."""
+    with _opened(db) as store:
+        target = store.backup(path, overwrite=overwrite)
+    if as_json:
+        show.as_json({"path": str(target), "size_bytes": target.stat().st_size})
+    else:
+        show.line(str(target))
+
+
+@app.command()
+def check(
+    *,
+    quarantine: Annotated[
+        bool, typer.Option("--quarantine", help="Move rows that can't be read into tables beside their own.")
+    ] = False,
+    db: Database = None,
+    as_json: AsJSON = False,
+) -> None:
+    """Check that a database is sound and every row can be read. Exit status 1 says that it isn't so."""
+    with _opened(db) as store:
+        found = store.check(quarantine=quarantine)
+    if as_json:
+        show.as_json({"ok": found.ok, **vars(found)})
+    else:
+        _show_check(found)
+    if not found.ok:
+        raise typer.Exit(1)
+
+
+def _show_check(found: CheckReport) -> None:
+    show.facts(
+        {
+            "sound": found.ok,
+            "SQLite": found.sqlite_version,
+            "rare bug of SQLite": "sqlite.org/wal.html#walresetbug"
+            if found.has_wal_reset_bug
+            else "not in this version",
+            "moved into quarantine": found.quarantined,
+        }
+    )
+    show.table("Damage to the file", [show.text("problem")], ([problem] for problem in found.integrity))
+    show.table(
+        "Values that can't be read",
+        list(map(show.text, ("table", "column", "row", "reason"))),
+        ((fault.table, fault.column, fault.row, fault.reason) for fault in found.undecodable),
+    )
+    show.table(
+        "Words outside the enums",
+        [*map(show.text, ("table", "column", "word")), show.number("rows")],
+        ((word.table, word.column, word.value, word.rows) for word in found.unlisted),
+    )
+    show.table(
+        "Times in another program's format",
+        [*map(show.text, ("table", "column")), show.number("rows")],
+        ((times.table, times.column, times.rows) for times in found.foreign_times),
+    )
+
+
+def _decoded(value: str) -> Any:
+    try:
+        return decode_json(value)
+    except ValueError:
+        raise InvalidInputError("VALUE", value, "JSON; --text stores it as text") from None
+
+
+def _no_memory(session_id: str, memory_type: str, key: str) -> SwarmDBError:
+    return SwarmDBError(f"no {memory_type} memory of session {session_id!r} has the key {key!r}")

@@ -1,0 +1,126 @@
+"""How answers look: JSON for programs, tables for people."""
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from datetime import UTC, datetime
+from typing import Any
+
+import typer
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Column, Table
+
+from moai_flow.memory import CorruptDataError, ForeignTime, UnlistedValue
+from moai_flow.memory.models import Record
+
+_BRIEF = 200
+
+
+def console() -> Console:
+    """Return standard output, where ``[brackets]`` and ``:colons:`` in data mean nothing."""
+    return Console(markup=False, emoji=False, highlight=False)
+
+
+def line(text: str) -> None:
+    """Print a line, as long as it may be."""
+    typer.echo(_visible(text))
+
+
+def counted(number: int, one: str, many: str) -> str:
+    """Return a number of things, in words that fit it."""
+    return f"{number:,} {one if number == 1 else many}" if number else f"no {many}"
+
+
+def as_json(value: Any) -> None:
+    """Print JSON: rows as objects by column name, times as ISO-8601, what JSON can't say as null."""
+    typer.echo(json.dumps(_plain(value), indent=2))
+
+
+def name(heading: str) -> Column:
+    """Return a column whose text stays on one line while anything else can give way."""
+    return Column(heading, no_wrap=True)
+
+
+def text(heading: str) -> Column:
+    """Return a column that shows all of its text, on as many lines as that takes."""
+    return Column(heading, overflow="fold")
+
+
+def time(heading: str) -> Column:
+    """Return a column of times, with the hour under the day where there is no room beside it."""
+    return Column(heading, min_width=len("2025-11-30"))
+
+
+def number(heading: str) -> Column:
+    """Return a column of numbers."""
+    return Column(heading, justify="right", no_wrap=True)
+
+
+def table(title: str, columns: Iterable[Column], rows: Iterable[Iterable[Any]]) -> None:
+    """Print a table, or that there is nothing to print. A tuple in a row is a cell of several lines."""
+    grid = Table(*columns, title=title, box=SIMPLE_HEAD, show_edge=False, title_justify="left", title_style="bold")
+    for row in rows:
+        grid.add_row(*map(_cell, row))
+    console().print(grid if grid.row_count else f"{title}: none", "", sep="\n")
+
+
+def facts(about: Mapping[str, Any]) -> None:
+    """Print what is known about one thing, a line a fact, as long as it may be."""
+    width = max(map(len, about))
+    for name, value in about.items():
+        line(f"{name:{width}}  {_cell(value)}")
+    line("")
+
+
+def brief(value: Any) -> str:
+    """Return the beginning of a value's JSON, enough to recognise it by."""
+    shown = _compact(value)
+    return shown if len(shown) <= _BRIEF else shown[:_BRIEF] + "…"
+
+
+def _compact(value: Any) -> str:
+    return json.dumps(_plain(value), ensure_ascii=False)
+
+
+def _cell(value: Any) -> str:
+    match value:
+        case None:
+            return "-"
+        case datetime():
+            return f"{value.astimezone(UTC):%Y-%m-%d %H:%M:%S}"
+        case int() if not isinstance(value, bool):
+            return f"{value:,}"
+        case str():
+            return _visible(value)
+        case tuple():
+            return "\n".join(map(_cell, value))
+        case _:
+            return _visible(_compact(value))
+
+
+def _visible(text: str) -> str:
+    """Return *text* with escapes for what would move the cursor, or can't be printed at all."""
+    if text.isprintable():
+        return text
+    return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in text)
+
+
+def _plain(value: Any) -> Any:
+    match value:
+        case Record():
+            return {column: _plain(value[column]) for column in value.keys()}  # noqa: SIM118 (a row, not a dict)
+        case CorruptDataError() | UnlistedValue() | ForeignTime():
+            return _plain(vars(value))
+        case datetime():
+            return value.isoformat()
+        case float() if not math.isfinite(value):
+            return None
+        case bytes():
+            return value.hex()
+        case dict():
+            return {key: _plain(item) for key, item in value.items()}
+        case list() | tuple():
+            return [_plain(item) for item in value]
+        case _:
+            return value

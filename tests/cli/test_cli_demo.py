@@ -1,0 +1,173 @@
+"""`swarmdb demo`, from its first line to its last."""
+
+import os
+import pty
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from multiprocessing import resource_tracker, spawn
+from pathlib import Path
+
+import pytest
+
+from cli.running import Command
+from moai_flow.memory import SwarmDB
+
+DEMO = [sys.executable, "-m", "moai_flow.memory", "demo"]
+FEW = ["--processes", "2", "--threads", "1"]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A folder with something of everything."""
+    made = tmp_path / "folder"
+    (made / "src" / ".cache").mkdir(parents=True)
+    (made / "src" / ".cache" / "skipped.py").write_text("skipped\n")
+    (made / "src" / "program.py").write_text("def main():\n    pass\n")
+    (made / "readme.md").write_text("# Title\n")
+    (made / "image.png").write_bytes(b"\x89PNG\0\0")
+    (made / "broken").symlink_to(made / "gone")
+    return made
+
+
+def only_demo_database(place: Path) -> Path:
+    (found,) = (place / ".moai").glob("demo-*.db")
+    return found
+
+
+def test_the_tables_are_read_back_from_a_fresh_database(
+    folder: Path, swarmdb: Command, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MOAI_DB_PATH", str(store))
+    before = store.read_bytes()
+    ran = swarmdb("demo", folder, *FEW)
+
+    assert (ran.status, ran.err) == (0, "")
+    assert store.read_bytes() == before
+    assert "\x1b" not in ran.out
+    assert max(len(line) for line in ran.out.splitlines() if str(tmp_path) not in line) <= 80
+    for shown in ("Agents", "Events", "Slowest files", "Findings", "src/program.py", "all files"):
+        assert shown in ran.out
+    assert "No such file or directory" in ran.out
+
+    database = only_demo_database(tmp_path)
+    assert str(database) in ran.out
+    with SwarmDB(database) as db:
+        assert sorted(metric.task_id for metric in db.get_task_metrics()) == [
+            "broken",
+            "image.png",
+            "readme.md",
+            "src/program.py",
+        ]
+        assert [metric.task_id for metric in db.get_task_metrics(result="failure")] == ["broken"]
+        assert [event.metadata_["file"] for event in db.get_events(event_type="error")] == ["broken"]
+        assert [agent.status for agent in db.list_agents()] == ["complete"] * 2
+        assert all(agent.duration_ms is not None for agent in db.list_agents())
+
+
+def test_it_reads_the_current_folder_into_a_database_that_is_given(
+    swarmdb: Command, store: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "one.txt").write_text("one")
+    for _ in range(2):
+        ran = swarmdb("demo", "--db", "swarm.db", "--processes", "1", "--threads", "1")
+
+        assert ran.status == 0
+        # The table of agents has one row: those who were there before are not of this run.
+        agents = ran.out.partition("Agents")[2].partition("Events")[0]
+        assert agents.count("complete") == 1
+    assert not (tmp_path / ".moai").exists()
+    with SwarmDB(store) as db:
+        assert len(db.list_agents()) == 4
+        # Dot-files are read as well: a tool that watches the tests may have left one.
+        tasks = [metric.task_id for metric in db.get_task_metrics() if not metric.task_id.startswith(".")]
+        assert sorted(tasks) == ["one.txt", "one.txt", "t-1"]
+
+
+def test_an_empty_folder_is_said_to_be_one(swarmdb: Command, tmp_path: Path) -> None:
+    ran = swarmdb("demo", *FEW)
+
+    assert ran.status == 0
+    assert f"2 agents in 2 processes\nno files in {tmp_path}\n" in ran.out
+    assert "Findings: none" in ran.out
+    assert ran.out.count("complete ") == 3
+
+
+def test_a_name_that_is_no_unicode_is_shown_by_its_codes(swarmdb: Command, tmp_path: Path) -> None:
+    (tmp_path / os.fsdecode(b"caf\xe9[red].txt")).write_text("x")
+    ran = swarmdb("demo", *FEW)
+
+    assert ran.status == 0
+    assert "caf\\xe9[red].txt" in ran.out
+
+
+@pytest.mark.parametrize("folder_name", ["nowhere", "file"])
+def test_what_is_no_folder_is_refused_before_anything_is_made(
+    folder_name: str, swarmdb: Command, tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    ran = swarmdb("demo", folder_name)
+
+    assert (ran.status, ran.out) == (1, "")
+    assert ran.err == f"swarmdb: folder: got '{folder_name}', expected a folder that exists\n"
+    assert not (tmp_path / ".moai").exists()
+
+
+def test_a_terminal_shows_a_progress_bar(folder: Path, tmp_path: Path) -> None:
+    shown, terminal = pty.openpty()
+    environment = {**os.environ, "COLUMNS": "80", "TERM": "xterm"}
+    with subprocess.Popen([*DEMO, str(folder), *FEW], cwd=tmp_path, stdout=terminal, env=environment) as process:
+        os.close(terminal)
+        output = b""
+        try:
+            while piece := os.read(shown, 65536):
+                output += piece
+        except OSError:  # Linux's way to say that the other side is closed.
+            pass
+        os.close(shown)
+
+    assert process.returncode == 0
+    assert b"Files" in output
+    assert b"4/4" in output
+
+
+def test_an_interrupt_ends_every_agent(tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    for number in range(3000):
+        (folder / f"{number}.txt").write_text("text\n")
+    demo = [*DEMO, str(folder), "--db", str(tmp_path / "demo.db")]
+    with SwarmDB(tmp_path / "demo.db") as db:
+        with subprocess.Popen(demo, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+            while not db.get_task_metrics(limit=1):
+                assert process.poll() is None
+                time.sleep(0.01)
+            process.send_signal(signal.SIGINT)
+            _, err = process.communicate()
+
+        assert process.returncode == 130
+        assert f"swarmdb: interrupted; what was found until then is in {tmp_path / 'demo.db'}\n" in err
+        assert "Traceback" not in err
+        assert {agent.status for agent in db.list_agents()} == {"complete"}
+        assert 0 < len(db.get_task_metrics(limit=3000)) < 3000
+
+
+def test_a_swarm_whose_processes_die_at_once_ends_with_1(
+    swarmdb: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number in range(1000):  # Their names are more than a pipe holds, and nobody reads them.
+        (tmp_path / f"{number:0100}").touch()
+    resource_tracker.ensure_running()
+    python, dies_at_once = spawn.get_executable(), shutil.which("false")
+    assert dies_at_once is not None
+    spawn.set_executable(dies_at_once)
+    try:
+        ran = swarmdb("demo", *FEW)
+    finally:
+        spawn.set_executable(python)
+
+    assert ran.status == 1
+    assert ran.out.count("its process ended with exit code 1") == 2
+    assert ran.err == "swarmdb: not every agent completed; the errors above say why\n"

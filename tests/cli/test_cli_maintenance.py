@@ -1,0 +1,124 @@
+"""Commands that look after a database."""
+
+import json
+import sqlite3
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from cli.running import Command
+from moai_flow.memory import SwarmDB
+
+
+def execute(path: Path, statement: str) -> None:
+    with closing(sqlite3.connect(path)) as connection, connection:
+        connection.execute(statement)
+
+
+def damage(path: Path) -> None:
+    """Leave what can't be read, what is outside the enums, and what another program wrote."""
+    execute(
+        path,
+        "INSERT INTO agent_events (event_id, event_type, agent_id, agent_type, timestamp, metadata)"
+        " VALUES ('e', 'decision', 'a', 't', '2025-11-04T12:00:00', '{')",
+    )
+    execute(
+        path,
+        "INSERT INTO agent_registry (agent_id, agent_type, status, spawn_time) VALUES (x'00ff', 't', 'lost', 'once')",
+    )
+
+
+def test_cleanup_deletes_old_events(swarmdb: Command, store: Path) -> None:
+    with SwarmDB(store) as db:
+        db.insert_event({"event_type": "spawn", "agent_id": "a-2", "agent_type": "expert-frontend"})
+
+    assert swarmdb("cleanup", "--days", "1", "--db", store).out == "deleted 3 events older than 1 day\n"
+    assert swarmdb("cleanup", "--db", store, "--json").json == {"deleted_events": 0}
+    assert len(swarmdb("events", "--db", store, "--json").json) == 1
+
+
+def test_cleanup_keeps_30_days_unless_told_otherwise(swarmdb: Command, path: Path) -> None:
+    with SwarmDB(path) as db:
+        db.insert_event({"event_type": "spawn", "agent_id": "a", "agent_type": "t"})
+        db.insert_event({"event_type": "error", "agent_id": "a", "agent_type": "t", "timestamp": "2001-01-01"})
+
+    assert swarmdb("cleanup", "--db", path, "--json").json == {"deleted_events": 1}
+
+
+def test_vacuum_gives_space_back(swarmdb: Command, store: Path) -> None:
+    with SwarmDB(store) as db:
+        db.store_memory("s-1", "semantic", "long", "x" * 500_000)
+        db.delete_memory("s-1", "semantic", "long")
+        before = db.size_bytes()
+    assert swarmdb("vacuum", "--db", store).out.startswith(f"{before:,} bytes before, ")
+
+    with SwarmDB(store) as db:
+        assert db.size_bytes() < before / 2
+
+
+def test_a_backup_is_a_whole_database(swarmdb: Command, store: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copies" / "copy.db"
+
+    assert swarmdb("backup", copy, "--db", store).out == f"{copy}\n"
+    assert len(swarmdb("events", "--db", copy, "--json").json) == 3
+
+
+def test_a_backup_replaces_a_file_only_if_asked_to(swarmdb: Command, store: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy.db"
+    copy.write_text("precious")
+
+    assert swarmdb("backup", copy, "--db", store).status == 1
+    assert copy.read_text() == "precious"
+
+    ran = swarmdb("backup", copy, "--overwrite", "--db", store, "--json")
+    assert ran.json == {"path": str(copy), "size_bytes": copy.stat().st_size}
+
+
+def test_check_of_a_sound_database(swarmdb: Command, store: Path) -> None:
+    report = swarmdb("check", "--db", store, "--json").json
+
+    assert report["ok"] is True
+    assert (report["integrity"], report["undecodable"], report["quarantined"]) == ([], [], 0)
+    assert swarmdb("check", "--db", store).status == 0
+
+
+def test_check_names_what_is_wrong_and_ends_with_1(swarmdb: Command, store: Path) -> None:
+    damage(store)
+    ran = swarmdb("check", "--db", store)
+
+    assert (ran.status, ran.err) == (1, "")
+    for word in ("agent_events", "metadata", "spawn_time", "decision", "00ff"):
+        assert word in ran.out
+    assert max(map(len, ran.out.splitlines())) <= 80
+
+
+def test_check_moves_what_is_wrong_aside_if_asked_to(swarmdb: Command, store: Path) -> None:
+    damage(store)
+    ran = swarmdb("check", "--quarantine", "--db", store, "--json")
+    report = json.loads(ran.out)
+
+    assert ran.status == 1
+    assert report["ok"] is False
+    assert report["quarantined"] == 2
+    assert [(fault["column"], fault["row"]) for fault in report["undecodable"]] == [
+        ("metadata", {"id": 4}),
+        ("agent_id", {"agent_id": "00ff"}),
+        ("spawn_time", {"agent_id": "00ff"}),
+    ]
+    assert report["unlisted"] == [
+        {"table": "agent_events", "column": "event_type", "value": "decision", "rows": 1},
+        {"table": "agent_registry", "column": "status", "value": "lost", "rows": 1},
+    ]
+
+    after = swarmdb("check", "--db", store, "--json").json
+    assert after["ok"] is True
+
+
+def test_check_tells_whether_sqlite_has_a_known_bug(
+    swarmdb: Command, store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for version in ((3, 40, 1), (3, 52, 0)):
+        monkeypatch.setattr(sqlite3, "sqlite_version_info", version)
+
+        assert ("walresetbug" in swarmdb("check", "--db", store).out) == (version < (3, 52))

@@ -1,0 +1,117 @@
+"""The site is built without a warning, names everything public, and needs nothing from elsewhere."""
+
+import html
+import inspect
+import re
+import subprocess
+import sys
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import moai_flow.memory
+from conftest import REPOSITORY
+from moai_flow.memory import EventData, SwarmDB
+from moai_flow.memory.models import TABLES, Record, columns, table_of
+
+PACKAGE = "moai_flow.memory."
+METHODS = [name for name, _ in inspect.getmembers(SwarmDB) if not name.startswith("_")]
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("site")
+    built = subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(folder)],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+    )
+    assert built.returncode == 0, built.stderr
+    return folder
+
+
+@pytest.fixture(scope="module")
+def inventory(site: Path) -> set[str]:
+    header, _, body = (site / "objects.inv").read_bytes().partition(b"using zlib.\n")
+    assert header
+    return {line.split(" ")[0] for line in zlib.decompress(body).decode().splitlines()}
+
+
+def commands() -> Iterator[tuple[str, set[str]]]:
+    """Yield each command with its options."""
+    from typer.main import get_command
+
+    from moai_flow.memory.cli.app import app
+
+    pending: list[tuple[str, Any]] = [("swarmdb", get_command(app))]
+    while pending:
+        path, command = pending.pop()
+        for name, child in getattr(command, "commands", {}).items():
+            pending.append((f"{path} {name}", child))
+        if not hasattr(command, "commands"):
+            yield path, {option for parameter in command.params for option in parameter.opts if option.startswith("--")}
+
+
+def test_the_reference_has_every_public_name(inventory: set[str]) -> None:
+    assert {name for name in moai_flow.memory.__all__ if PACKAGE + name not in inventory} == set()
+
+
+def test_the_reference_has_every_public_method(inventory: set[str]) -> None:
+    assert "get_agent" in METHODS
+    assert {name for name in METHODS if f"{PACKAGE}SwarmDB.{name}" not in inventory} == set()
+
+
+@pytest.mark.parametrize("model", TABLES)
+def test_the_reference_has_every_column_and_what_it_means(site: Path, model: type[Record]) -> None:
+    page = (site / "reference" / "models" / "index.html").read_text()
+    shown = html.unescape(page)
+
+    for name, field in model.model_fields.items():
+        assert f"<code>{name}</code>" in page
+        assert str(field.description) in shown
+
+
+@pytest.mark.parametrize("model", TABLES)
+def test_the_schema_page_has_every_column_and_index(model: type[Record]) -> None:
+    page = (REPOSITORY / "docs" / "reference" / "schema.md").read_text()
+    section = page.partition(f"\n## {model.__tablename__}\n")[2].partition("\n## ")[0]
+
+    assert re.findall(r"^\| `(\w+)` \| [A-Z]", section, re.MULTILINE) == [column.name for column in columns(model)]
+    for index in table_of(model).indexes:
+        on = ", ".join(f"`{column.name}`" for column in index.columns)
+        assert f"| `{index.name}` | {on} |" in section
+
+
+def test_the_reference_has_every_key_of_an_event() -> None:
+    page = (REPOSITORY / "docs" / "reference" / "inputs.md").read_text()
+
+    assert re.findall(r"^\| `(\w+)` \|", page, re.MULTILINE) == list(EventData.__annotations__)
+    assert set(re.findall(r"^\| `(\w+)` .*\| yes \|", page, re.MULTILINE)) == EventData.__required_keys__
+
+
+def test_every_command_and_option_is_on_the_command_lines_page() -> None:
+    page = (REPOSITORY / "docs" / "guides" / "command-line.md").read_text()
+    shared, *sections = page.split("\n## ")
+    documented = {section.partition("\n")[0]: section for section in sections}
+
+    for path, options in commands():
+        assert path in documented
+        assert {option for option in options if f"`{option}" not in documented[path]} - {"--help"} == set()
+    assert "`--help`" in shared
+    assert documented.keys() == {path for path, _ in commands()}
+
+
+def test_pages_load_nothing_from_elsewhere(site: Path) -> None:
+    loaded = re.compile(r"<(?:script|img|iframe|source)[^>]*src=\"?(?:https?:)?//|<link[^>]*href=\"?(?:https?:)?//")
+    imported = re.compile(r"(?:@import|url\()\s*[\"']?(?:https?:)?//")
+
+    assert [page for page in site.rglob("*.html") if loaded.search(page.read_text())] == []
+    assert [sheet for sheet in site.rglob("*.css") if imported.search(sheet.read_text())] == []
+
+
+def test_what_builds_the_site_is_not_part_of_it(site: Path) -> None:
+    assert list(site.rglob("*.py")) == []

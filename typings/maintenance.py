@@ -1,0 +1,44 @@
+"""Looking after the database."""
+
+from pathlib import Path
+from typing import assert_type
+
+from moai_flow.memory import CheckReport, CorruptDataError, ForeignTime, SwarmDB, UnlistedValue
+
+
+def care(db: SwarmDB) -> None:
+    assert_type(db.db_path, Path)
+    assert_type(db.schema_version, str)
+    assert_type(db.size_bytes(), int)
+    assert_type(db.cleanup_old_events(), int)
+    db.cleanup_old_events(days=90)
+    assert_type(db.vacuum(), None)
+    assert_type(db.backup("copy.db"), Path)
+    db.backup(Path("copy.db"), overwrite=True)
+
+
+def report(db: SwarmDB) -> None:
+    found = assert_type(db.check(), CheckReport)
+    db.check(quarantine=True)
+    assert_type(found.ok, bool)
+    assert_type(found.sqlite_version, str)
+    assert_type(found.has_wal_reset_bug, bool)
+    assert_type(found.integrity, tuple[str, ...])
+    assert_type(found.undecodable, tuple[CorruptDataError, ...])
+    assert_type(found.unlisted, tuple[UnlistedValue, ...])
+    assert_type(found.foreign_times, tuple[ForeignTime, ...])
+    assert_type(found.quarantined, int)
+    for word in found.unlisted:
+        assert_type((word.table, word.column, word.value, word.rows), tuple[str, str, str, int])
+    for times in found.foreign_times:
+        assert_type((times.table, times.column, times.rows), tuple[str, str, int])
+
+
+def mistakes(db: SwarmDB) -> None:
+    db.cleanup_old_events("30")  # type: ignore[arg-type]
+    db.cleanup_old_events(days=0.5)  # type: ignore[arg-type]
+    db.backup()  # type: ignore[call-arg]
+    db.backup("copy.db", True)  # type: ignore[call-arg]  # noqa: FBT003
+    db.check(True)  # type: ignore[call-arg]  # noqa: FBT003
+    db.schema_version = "3.0.0"  # type: ignore[misc]
+    db.check().ok = True  # type: ignore[misc]
