@@ -12,6 +12,7 @@ from pydantic import BaseModel, ValidationError
 
 from moai_flow.memory import (
     AgentEvent,
+    AgentStatus,
     EventType,
     InvalidInputError,
     SwarmDB,
@@ -58,6 +59,13 @@ BAD: dict[str, tuple[Callable[[Any], Any], str]] = {
         "agent_id",
     ),
     "batch with a bad one": (lambda db: db.insert_events([EVENT, without("agent_type")]), r"events\[1\]\.agent_type"),
+    "event of a type that a row brought": (
+        lambda db: db.insert_event({**EVENT, "event_type": EventType.read("decision")}),
+        "event_type: .*expected one of",
+    ),
+    "state that a row brought": (lambda db: db.update_agent_status("a", AgentStatus.read("zombie")), "status: "),
+    "batch that is none": (lambda db: db.insert_events(None), "events: got None"),
+    "batch that is one event": (lambda db: db.insert_events(EVENT), "events: got {.*a list"),
     "negative limit": (lambda db: db.get_events(limit=-1), "limit: got -1, expected a whole number from 0"),
     "limit of another type": (lambda db: db.get_events(limit="many"), "limit"),
     "limit that is a bool": (lambda db: db.get_events(limit=True), "limit: got True"),

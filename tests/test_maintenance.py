@@ -1,7 +1,10 @@
 """Cleaning up, compacting, copying and checking."""
 
 import sqlite3
+import subprocess
+import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from datetime import timedelta
 from pathlib import Path
@@ -11,6 +14,7 @@ import pytest
 
 from conftest import Clock
 from moai_flow.memory import (
+    BusyError,
     CorruptDataError,
     InvalidInputError,
     SchemaError,
@@ -131,6 +135,60 @@ def test_a_backup_into_a_folder_or_the_database_itself_is_refused(file_db: Swarm
     (tmp_path / "link.db").symlink_to(file_db.db_path)
     with pytest.raises(InvalidInputError, match="not the database itself"):
         file_db.backup(tmp_path / "link.db", overwrite=True)
+
+
+def test_a_backup_takes_the_place_of_a_database_that_died(file_db: SwarmDB, tmp_path: Path) -> None:
+    program = (
+        "import os, sys; from moai_flow.memory import SwarmDB; db = SwarmDB(sys.argv[1]); "
+        "[db.register_agent(str(number), 't') for number in range(50)]; os._exit(0)"
+    )
+    target = tmp_path / "copy.db"
+    subprocess.run([sys.executable, "-c", program, target], check=True)
+    assert target.with_name("copy.db-wal").exists()
+    file_db.register_agent("a", "t")
+    file_db.backup(target, overwrite=True)
+
+    with SwarmDB(target) as copy:
+        assert [agent.agent_id for agent in copy.list_agents()] == ["a"]
+        assert copy.check().ok
+
+
+def test_a_backup_of_what_is_in_memory_waits_for_a_writer_and_then_gives_up(tmp_path: Path) -> None:
+    entered, leave = threading.Event(), threading.Event()
+
+    def write() -> None:
+        with db.transaction():
+            db.register_agent("a", "t")
+            entered.set()
+            leave.wait()
+
+    with SwarmDB(":memory:", busy_timeout=0.1) as db:
+        with db.session(readonly=True), ThreadPoolExecutor(1) as pool:
+            pool.submit(db.list_agents).result()  # There are two connections now.
+        writer = threading.Thread(target=write)
+        writer.start()
+        entered.wait()
+        with pytest.raises(BusyError, match="kept the database from being copied"):
+            db.backup(tmp_path / "copy.db")
+        leave.set()
+        writer.join()
+        assert list(tmp_path.iterdir()) == []
+        db.backup(tmp_path / "copy.db")
+
+
+def test_threads_may_back_up_to_the_same_file(file_db: SwarmDB, tmp_path: Path) -> None:
+    with ThreadPoolExecutor(4) as pool:
+        for made in [pool.submit(file_db.backup, tmp_path / "copy.db", overwrite=True) for _ in range(12)]:
+            made.result()
+
+    with SwarmDB(tmp_path / "copy.db") as copy:
+        assert copy.check().ok
+
+
+@pytest.mark.parametrize("target", ["", "x\0y", 5, None, "~nosuchuser/x.db"])
+def test_a_backup_to_what_is_no_path_is_refused(db: SwarmDB, target: Any) -> None:
+    with pytest.raises(InvalidInputError, match="path"):
+        db.backup(target)
 
 
 def test_a_backup_that_cannot_be_written_leaves_nothing(file_db: SwarmDB, tmp_path: Path) -> None:

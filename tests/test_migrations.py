@@ -1,6 +1,5 @@
 """Files of older programs."""
 
-import os
 import sqlite3
 import subprocess
 import sys
@@ -176,6 +175,30 @@ def test_rows_that_an_original_client_adds_read_as_local_time_until_then(
     assert (named.table, named.rows) == ("agent_events", 1)
 
 
+def test_reading_on_passes_rows_of_an_original_client_that_are_out_of_place(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TZ", "Asia/Seoul")
+    time.tzset()
+    try:
+        with SwarmDB(path) as db:
+            for agent_id, hour in (("0", 0), ("5", 5), ("12", 12)):
+                moment = datetime(2025, 11, 30, hour, tzinfo=UTC)
+                db.insert_event({"event_type": "spawn", "agent_id": agent_id, "agent_type": "t", "timestamp": moment})
+            add_event(path, "original", "2025-11-30T10:00:00")  # 01:00 in UTC, between the others by its text.
+            oldest_first = [event.agent_id for event in db.iter_events(batch_size=1)]
+            page = db.get_events(limit=1)
+            newest_first = [event.agent_id for event in page]
+            while page := db.get_events(limit=1, before=page[-1]):
+                newest_first += [event.agent_id for event in page]
+    finally:
+        monkeypatch.undo()
+        time.tzset()
+
+    assert oldest_first == ["0", "5", "original", "12"]
+    assert newest_first == oldest_first[::-1]
+
+
 def test_a_file_that_this_version_made_and_an_original_client_opened_keeps_its_mark(file_db: SwarmDB) -> None:
     file_db.insert_event({"event_type": "spawn", "agent_id": "a", "agent_type": "t"})
     before = file_db.get_events()
@@ -307,6 +330,7 @@ def test_task_metrics_that_meet_in_the_same_instant_are_both_kept(old: Path) -> 
 def test_what_is_no_time_is_left_for_check_to_name(old: Path) -> None:
     add_event(old, "a", "yesterday")
     add_event(old, "b", "0001-01-01T00:00:00+14:00")
+    run(old, "UPDATE agent_events SET created_at = CAST(x'ff' AS TEXT) WHERE id = 1")
     with SwarmDB(old) as db:
         assert {(fault.column, fault.row["id"]) for fault in db.check().undecodable if fault.column == "timestamp"} == {
             ("timestamp", 1),
@@ -370,10 +394,10 @@ SwarmDB(sys.argv[1])
 
 
 def test_a_copy_that_cannot_be_written_stops_the_migration(legacy: Path) -> None:
+    # The longest name that a file may have leaves no room for the copy's.
+    legacy = legacy.rename(legacy.with_name("x" * 240))
     before = everything(legacy)
-    unfinished = legacy.with_name(f"legacy.db.2.0.0.bak.{os.getpid()}.tmp")
-    unfinished.write_text("not a database, which a backup can't be written into" * 20)
-    with pytest.raises(StorageError, match=r"legacy\.db\.2\.0\.0\.bak that comes before the migration failed"):
+    with pytest.raises(StorageError, match=r"\.2\.0\.0\.bak that comes before the migration failed"):
         SwarmDB(legacy)
 
     assert everything(legacy) == before

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 from sqlalchemy import Engine, create_engine, event, make_url
-from sqlalchemy.pool import QueuePool
+from sqlalchemy.pool import Pool, QueuePool, SingletonThreadPool, StaticPool
 
 from moai_flow.memory import (
     BusyError,
@@ -25,11 +25,6 @@ from moai_flow.memory import (
 )
 
 EVENT = {"event_type": "spawn", "agent_id": "a", "agent_type": "t"}
-
-
-def dump(path: Path) -> list[str]:
-    with closing(sqlite3.connect(path)) as connection:
-        return list(connection.iterdump())
 
 
 def test_the_default_is_under_the_current_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -93,6 +88,9 @@ def test_urls_reach_files_and_memory(tmp_path: Path) -> None:
         ({"db_path": 7}, "db_path"),
         ({"db_path": b"x.db"}, "db_path"),
         ({"db_path": "x\0.db"}, "db_path"),
+        ({"db_path": "~nosuchuser/x.db"}, "db_path"),
+        ({"url": "sqlite:///x.db?mode=ro"}, "url: got 'sqlite:///x.db.mode=ro', expected .*uri=true"),
+        ({"engine": "sqlite:///x.db"}, "engine: got 'sqlite:///x.db', expected an SQLAlchemy engine"),
         ({"url": "no url"}, "url"),
         ({"url": "mysql://localhost/x"}, "url.*mysql"),
         ({"url": "sqlite+aiosqlite:///x.db"}, "url"),
@@ -126,6 +124,11 @@ def test_a_password_is_not_shown() -> None:
 def test_a_folder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InvalidInputError, match=r"db_path.*not of a folder"):
         SwarmDB(tmp_path)
+
+
+def test_a_path_that_the_system_refuses_is_named(tmp_path: Path) -> None:
+    with pytest.raises(StorageError, match=r"xxx: .*File name too long"):
+        SwarmDB(tmp_path / ("x" * 300))
 
 
 def test_a_file_where_a_folder_is_needed_is_named(tmp_path: Path) -> None:
@@ -167,11 +170,11 @@ def test_a_newer_or_unknown_version_is_refused_unwritten(path: Path, version: st
 def test_tables_of_these_names_that_are_anothers_are_refused_unwritten(path: Path) -> None:
     with closing(sqlite3.connect(path)) as connection:
         connection.execute("CREATE TABLE task_metrics (task_id TEXT, cost REAL)")
-    before = dump(path)
+    before = path.read_bytes()
     with pytest.raises(SchemaError, match="task_metrics has no column agent_id, duration_ms"):
         SwarmDB(path)
 
-    assert dump(path) == before
+    assert path.read_bytes() == before
     assert not list(path.parent.glob("*.bak"))
 
 
@@ -421,10 +424,23 @@ def test_an_engine_whose_statements_fail_is_a_storage_error(engine: Engine) -> N
         SwarmDB(engine=engine)
 
 
-def test_engines_that_share_one_connection_are_refused() -> None:
-    engine = create_engine("sqlite://")
-    with pytest.raises(InvalidInputError, match=r"engine.*':memory:'"):
-        SwarmDB(engine=engine)
+@pytest.mark.parametrize("pool", [StaticPool, SingletonThreadPool, QueuePool])
+def test_engines_without_a_file_or_a_connection_for_each_user_are_refused(path: Path, pool: type[Pool]) -> None:
+    for url in ("sqlite://", f"sqlite:///{path}") if pool is not QueuePool else ("sqlite://",):
+        engine = create_engine(url, poolclass=pool)
+        with pytest.raises(InvalidInputError, match=r"engine.*':memory:'"):
+            SwarmDB(engine=engine)
+        engine.dispose()
+
+
+def test_a_pool_of_one_is_enough_and_free_for_its_owner(path: Path) -> None:
+    engine = create_engine(f"sqlite:///{path}", poolclass=QueuePool, pool_size=1, max_overflow=0, pool_timeout=0.1)
+    with SwarmDB(engine=engine) as db:
+        db.register_agent("a", "t")
+        with engine.connect() as connection:
+            assert connection.exec_driver_sql("SELECT count(*) FROM agent_registry").scalar() == 1
+        with db.transaction():
+            db.register_agent("b", "t")
     engine.dispose()
 
 

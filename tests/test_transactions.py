@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from sqlalchemy.exc import IntegrityError
+from sqlalchemy.orm.exc import DetachedInstanceError
 from sqlmodel import col, select
 
 from conftest import Clock
@@ -20,7 +21,10 @@ from moai_flow.memory import (
     ConflictError,
     EventData,
     EventType,
+    InvalidInputError,
+    MemoryType,
     RegisteredAgent,
+    SessionMemory,
     SwarmDB,
     TransactionError,
 )
@@ -215,6 +219,15 @@ def test_a_read_only_session_refuses_every_write(db: SwarmDB) -> None:
     assert agents(db) == {"b"}
 
 
+def test_a_raw_end_inside_a_read_only_session_leaves_the_store_writable(db: SwarmDB) -> None:
+    with pytest.raises(TransactionError, match="ended inside"), db.session(readonly=True):
+        db.get_agent("x")
+        db._get_connection().rollback()
+
+    db.register_agent("a", "t")
+    assert agents(db) == {"a"}
+
+
 def test_a_read_only_session_inside_a_transaction_refuses_writes_until_it_ends(db: SwarmDB) -> None:
     with db.transaction() as conn:
         db.register_agent("a", "t")
@@ -250,6 +263,66 @@ def test_no_write_slips_out_after_a_raw_end(db: SwarmDB, end: str) -> None:
             db.register_agent("nested", "t")
 
     assert agents(db) == set()
+
+
+def test_a_block_whose_outer_block_has_ended_touches_nobody(file_db: SwarmDB) -> None:
+    outer, inner = file_db.transaction(), file_db.transaction()
+    outer.__enter__()
+    inner.__enter__()
+    file_db.register_agent("mine", "t")
+    outer.__exit__(None, None, None)
+    ended, proceed = threading.Event(), threading.Event()
+
+    def use_the_connection() -> None:
+        with file_db.transaction():
+            file_db.register_agent("other", "t")
+            ended.set()
+            proceed.wait()
+
+    other = threading.Thread(target=use_the_connection)
+    other.start()
+    ended.wait()
+    with pytest.raises(TransactionError, match="ended inside"):
+        file_db.register_agent("leaked", "t")
+    assert inner.__exit__(OopsError, OopsError(), None) is False  # The exception goes on.
+    proceed.set()
+    other.join()
+
+    assert agents(file_db) == {"mine", "other"}
+
+
+def test_what_a_domain_call_changed_is_readable_after_the_session(db: SwarmDB) -> None:
+    for agent_id in ("a", "gone", "kept"):
+        db.register_agent(agent_id, "t")
+    with db.session() as session:
+        agent, gone = session.get_one(RegisteredAgent, "a"), session.get_one(RegisteredAgent, "gone")
+        event = AgentEvent(event_type=EventType.SPAWN, agent_id="a", agent_type="t")
+        session.add(event)
+        db.update_agent_status("a", "running")
+        db.delete_agent("gone")
+
+    assert (agent.agent_id, agent.status, event.agent_id) == ("a", "running", "a")
+    with pytest.raises(DetachedInstanceError):
+        gone.status  # noqa: B018 (its row is gone, and reading it again raises)
+    assert agents(db) == {"a", "kept"}
+
+
+def test_a_flush_that_failed_and_was_caught_is_told_apart_from_a_raw_end(db: SwarmDB) -> None:
+    db.register_agent("a", "t")
+    with pytest.raises(TransactionError, match="a flush of this session failed"), db.session() as session:
+        session.add(RegisteredAgent(agent_id="a", agent_type="other"))
+        with pytest.raises(ConflictError):
+            db.get_events()
+        db.register_agent("b", "t")
+
+    assert agents(db) == {"a"}
+
+
+def test_a_bad_value_of_a_session_is_named(db: SwarmDB) -> None:
+    with pytest.raises(InvalidInputError, match="value: got nan"), db.session() as session:
+        session.add(SessionMemory(session_id="s", memory_type=MemoryType.SEMANTIC, key="k", value=float("nan")))
+
+    assert db.list_memories("s") == []
 
 
 @pytest.mark.parametrize("end", ["commit", "rollback"])
@@ -405,6 +478,32 @@ def test_in_memory_a_reading_task_is_refused_as_well() -> None:
 
     with SwarmDB(":memory:") as db:
         asyncio.run(main())
+
+
+@pytest.mark.parametrize("memory", ["memory", ""])
+def test_nothing_waits_for_a_block_of_its_own_thread(path: Path, memory: str) -> None:
+    async def main() -> None:
+        with db.transaction():
+            await asyncio.create_task(look_after())
+
+    async def look_after() -> None:
+        calls = [db.vacuum, *([lambda: db.backup(path.with_name("b.db")), db.size_bytes, db.check] if memory else [])]
+        for call in calls:
+            with pytest.raises(BusyError, match="another asyncio task of this thread"):
+                call()
+
+    with SwarmDB(":memory:" if memory else path) as db:
+        asyncio.run(main())
+
+
+def test_in_memory_nothing_is_read_beside_what_the_thread_has_open(path: Path) -> None:
+    with SwarmDB(":memory:") as db:
+        db._get_connection().execute("DELETE FROM agent_registry")
+        for call in (db.list_agents, db.vacuum, lambda: db.backup(path), db.size_bytes):
+            with pytest.raises(TransactionError, match="_get_connection"):
+                call()
+        db._get_connection().rollback()
+        assert db.list_agents() == []
 
 
 def test_tasks_of_a_thread_may_read_side_by_side(file_db: SwarmDB) -> None:

@@ -7,7 +7,7 @@ import math
 import pickle
 from datetime import UTC, date, datetime, time, timedelta
 from decimal import Decimal
-from enum import StrEnum
+from enum import Enum, StrEnum
 from pathlib import Path
 from typing import Any
 from uuid import UUID
@@ -15,7 +15,7 @@ from uuid import UUID
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from pydantic import BaseModel
+from pydantic import BaseModel, field_serializer
 
 from moai_flow.memory import (
     AgentEvent,
@@ -44,6 +44,26 @@ class Model(BaseModel):
     tags: set[str]
     by_number: dict[int, str]
     maybe: float | None = None
+
+
+class Odd(Enum):
+    NAN = math.nan
+    INFINITY = math.inf
+    SET = frozenset({1})
+    NUL = "x\0y"
+    BYTES = b"abc"
+
+
+class Serialized(BaseModel):
+    text: str
+
+    @field_serializer("text")
+    def with_nul(self, text: str) -> str:
+        return text + "\0"
+
+
+class Keys(BaseModel):
+    of: dict[Any, int]
 
 
 @dataclasses.dataclass
@@ -175,6 +195,13 @@ def test_what_is_not_plain_json_is_stored_as_the_json_it_dumps_to(value: Any, de
         (Data(Model(tags=set(), by_number={}), b"\xff"), "value: got Data"),
         ([1, {"x": 2j}], r"value\[1\]\['x'\]: got 2j"),
         (Data, "value: got <class"),
+        (Odd.NAN, "value: got nan"),
+        ({"a": Odd.INFINITY}, r"value\['a'\]: got inf"),
+        (Odd.SET, "value: got frozenset"),
+        (Odd.NUL, r"value: got 'x\\x00y'"),
+        (Odd.BYTES, "value: got b'abc'"),
+        (Serialized(text="a"), r"value\['text'\]: got 'a\\x00'"),
+        (Keys(of={1: 1, "1": 2}), r"value\.of: got .*keys that differ as text"),
     ],
 )
 def test_what_json_would_change_inside_is_named(value: Any, named: str) -> None:

@@ -4,15 +4,17 @@ import ctypes
 import os
 import sqlite3
 import threading
+import time
 import weakref
 from contextlib import closing, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from uuid import uuid4
 
 from sqlalchemy import Connection, Engine
 from sqlalchemy.exc import SQLAlchemyError
 
-from moai_flow.memory.errors import ClosedError
+from moai_flow.memory.errors import BusyError, ClosedError
 from moai_flow.memory.statements import translated
 
 if TYPE_CHECKING:
@@ -188,11 +190,22 @@ def copy_to(raw: sqlite3.Connection, target: Path) -> None:
     Raises:
         sqlite3.Error: If the database can't be read, or the copy can't be written.
         OSError: If the copy can't take its place.
+        BusyError: If a writer keeps what is in memory for longer than the busy timeout.
     """
-    unfinished = target.with_name(f"{target.name}.{os.getpid()}.tmp")
+    unfinished = target.with_name(f"{target.name}.{uuid4().hex}.tmp")
+    (patience,) = raw.execute("PRAGMA busy_timeout").fetchone()
+    deadline = time.monotonic() + patience / 1000
+
+    def give_up(status: int, remaining: int, total: int) -> None:
+        # By itself, it tries for ever.
+        if status in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED) and time.monotonic() > deadline:
+            raise BusyError(f"{target}: a writer kept the database from being copied for longer than the busy timeout")
+
     try:
         with closing(sqlite3.connect(unfinished)) as copy:
-            raw.backup(copy)
+            raw.backup(copy, progress=give_up)
+        for leftover in ("-wal", "-shm", "-journal"):  # Another database's: SQLite would play them into this one.
+            target.with_name(target.name + leftover).unlink(missing_ok=True)
         unfinished.replace(target)
     finally:
         with suppress(OSError):

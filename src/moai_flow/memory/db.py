@@ -24,8 +24,8 @@ from moai_flow.memory.scope import RawConnection, translating
 from moai_flow.memory.statements import Programs
 from moai_flow.memory.types import utc_now
 
-#: How many idle connections stay open: enough for the threads of one program, few where the pool is the caller's.
-_KEPT, _KEPT_OF_CALLER = 16, 2
+#: How many idle connections stay open: enough for the threads of one program, none where the pool is the caller's.
+_KEPT, _KEPT_OF_CALLER = 16, 0
 
 #: SQLite counts the busy timeout in milliseconds, in 32 bits.
 _LONGEST_TIMEOUT = 2_147_483

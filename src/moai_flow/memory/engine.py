@@ -58,18 +58,35 @@ def locate(db_path: str | os.PathLike[str] | None, url: str | URL | None) -> Loc
     return _from_path(db_path, "db_path")
 
 
-def _from_path(db_path: str | os.PathLike[str], field: str) -> Location:
+def path_of_file(given: str | os.PathLike[str], *, field: str) -> Path:
+    """Return the absolute path of a file, which need not exist.
+
+    Raises:
+        InvalidInputError: If *given* is no path, or a folder's.
+        StorageError: If the system can't look there.
+    """
     try:
-        name = os.fspath(db_path)
+        name = os.fspath(given)
     except TypeError:
-        raise InvalidInputError(field, db_path, "a str or a Path") from None
+        raise InvalidInputError(field, given, "a str or a Path") from None
     if not isinstance(name, str) or not name or "\0" in name:
-        raise InvalidInputError(field, db_path, "the path of a file, or ':memory:'")
-    if name == ":memory:":
-        return _in_memory()
-    path = Path(name).expanduser().absolute()
-    if path.is_dir():
+        raise InvalidInputError(field, given, "the path of a file")
+    try:
+        path = Path(name).expanduser().absolute()
+        is_folder = path.is_dir()
+    except RuntimeError as error:
+        raise InvalidInputError(field, name, f"a path that can be found ({error})") from None
+    except OSError as error:
+        raise StorageError(f"{name}: {error}") from error
+    if is_folder:
         raise InvalidInputError(field, name, "the path of a file, not of a folder")
+    return path
+
+
+def _from_path(db_path: str | os.PathLike[str], field: str) -> Location:
+    if str(db_path) == ":memory:":
+        return _in_memory()
+    path = path_of_file(db_path, field=field)
     return Location(URL.create("sqlite", database=str(path)), path)
 
 
@@ -89,6 +106,10 @@ def _from_url(url: str | URL, field: str) -> Location:
             raise InvalidInputError(field, str(url), f"{accepted}, or 'sqlite://' for one in memory")
         path = Path(unquote(database.removeprefix("file:"))).absolute()
         return Location(parsed.update_query_dict({"uri": "true"}), path)
+    if parsed.query:
+        raise InvalidInputError(
+            field, str(url), f"{accepted}; with parameters, 'sqlite:///file:swarm.db?mode=ro&uri=true'"
+        )
     return _from_path(database, field)
 
 
@@ -103,13 +124,15 @@ def locate_engine(engine: Engine) -> Location:
     Raises:
         InvalidInputError: If it is not for SQLite, or hands the same connection to several users at once.
     """
-    if engine.dialect.name != "sqlite":
-        raise InvalidInputError("engine", engine, "an engine for SQLite")
-    if isinstance(engine.pool, StaticPool | SingletonThreadPool):
+    if not isinstance(engine, Engine) or engine.dialect.name != "sqlite":
+        raise InvalidInputError("engine", engine, "an SQLAlchemy engine for SQLite")
+    location = replace(locate(None, engine.url), url=engine.url)
+    # In memory, each connection of such a pool would be another database, or all users would share one connection.
+    if location.path is None or isinstance(engine.pool, StaticPool | SingletonThreadPool):
         raise InvalidInputError(
-            "engine", engine, "an engine whose pool gives each user a connection; db_path=':memory:' for one in memory"
+            "engine", engine, "an engine for a file, with a connection for each user; db_path=':memory:' for memory"
         )
-    return replace(locate(None, engine.url), url=engine.url)
+    return location
 
 
 def create(location: Location, *, durability: Durability, busy_timeout: float) -> Engine:

@@ -1,7 +1,6 @@
 """What callers pass in, checked once at the door: inside, everything is typed."""
 
 import math
-from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any, NotRequired, TypedDict, TypeVar
 
@@ -32,9 +31,12 @@ def parse(vocabulary: type[V], value: str, *, field: str) -> V:
         InvalidInputError: If the vocabulary does not list *value*.
     """
     try:
-        return vocabulary(value)
+        member = vocabulary(value)
     except ValueError:
-        raise InvalidInputError(field, value, "one of " + ", ".join(repr(str(word)) for word in vocabulary)) from None
+        member = None
+    if member is None or not member.is_listed:
+        raise InvalidInputError(field, value, "one of " + ", ".join(repr(str(word)) for word in vocabulary))
+    return member
 
 
 def recognise(vocabulary: type[V], value: str, *, field: str) -> V:
@@ -144,7 +146,7 @@ def number(value: float, *, field: str) -> float:
     raise InvalidInputError(field, value, "a finite number")
 
 
-def json_object(value: Mapping[str, Any] | None, *, field: str) -> dict[str, Any]:
+def json_object(value: dict[str, Any] | None, *, field: str) -> dict[str, Any]:
     """Return *value* if it is a dict; None is an empty one. Its content is checked where it is encoded.
 
     Raises:

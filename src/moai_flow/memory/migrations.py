@@ -39,7 +39,7 @@ from moai_flow.memory.models import (
     rowid_column,
     table_of,
 )
-from moai_flow.memory.statements import Program, Statement
+from moai_flow.memory.statements import Program, Statement, text_as_it_is
 from moai_flow.memory.types import ISOText, UTCDateTime, decode_time, encode_iso, utc_now
 
 #: The version of the schema that this package reads and writes.
@@ -74,7 +74,10 @@ def bring_up_to_date(held: Held, location: Location, *, wal_wait: float | None) 
         StorageError: If the copy that is made of an older file can't be written.
     """
     raw = held.raw
-    _check_known(read_version(raw), location)
+    version = read_version(raw)
+    _check_known(version, location)
+    if version != VERSION:
+        _adoptable(raw, location)  # Before anything is written: the switch to WAL is.
     if location.path is not None and wal_wait is not None:
         _use_write_ahead_log(raw, location, wal_wait)
     if read_version(raw) == VERSION:
@@ -138,10 +141,7 @@ def _use_write_ahead_log(raw: sqlite3.Connection, location: Location, wait: floa
 
 def _migrate(held: Held, location: Location, version: str | None) -> None:
     raw: sqlite3.Connection = held.raw
-    present = {name for (name,) in raw.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
-    adopted = [model for model in TABLES if str(model.__tablename__) in present]
-    for model in adopted:
-        _check_columns(raw, model, location)
+    adopted = _adoptable(raw, location)
     if adopted and location.path is not None:
         _copy_aside(location.path, version or "unversioned")
     Record.metadata.create_all(held.connection, checkfirst=True)
@@ -149,7 +149,11 @@ def _migrate(held: Held, location: Location, version: str | None) -> None:
         for index in table_of(model).indexes:
             index.create(held.connection, checkfirst=True)
     if adopted:
-        _normalise_times(held, str(location))
+        raw.text_factory = text_as_it_is  # What is not UTF-8 is no time, and stays.
+        try:
+            _normalise_times(held, str(location))
+        finally:
+            raw.text_factory = str
     now = encode_iso(utc_now())
     upsert = "INSERT INTO schema_info (key, value, updated_at) VALUES (?, ?, ?) ON CONFLICT (key) DO "
     raw.execute(
@@ -157,6 +161,19 @@ def _migrate(held: Held, location: Location, version: str | None) -> None:
     )
     # Whether rows may one day be removed unasked: never from a file whose owner did not expect it.
     raw.execute(upsert + "NOTHING", ("retention", "off" if adopted else "default", now))
+
+
+def _adoptable(raw: sqlite3.Connection, location: Location) -> list[type[Record]]:
+    """Return the models whose tables the file has already.
+
+    Raises:
+        SchemaError: If one of those is not what its name says.
+    """
+    present = {name for (name,) in raw.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+    adopted = [model for model in TABLES if str(model.__tablename__) in present]
+    for model in adopted:
+        _check_columns(raw, model, location)
+    return adopted
 
 
 def _check_columns(raw: sqlite3.Connection, model: type[Record], location: Location) -> None:

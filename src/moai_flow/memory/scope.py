@@ -8,14 +8,14 @@ from contextlib import contextmanager, suppress
 from datetime import datetime
 from typing import Any, Protocol, TypeVar, cast
 
-from sqlalchemy import RootTransaction
-from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy import FromClause, RootTransaction, UpdateBase, inspect
+from sqlalchemy.exc import InvalidRequestError, PendingRollbackError, SQLAlchemyError
 from sqlmodel import Session
 
 from moai_flow.memory.connections import Connections, Held
 from moai_flow.memory.engine import Location
 from moai_flow.memory.errors import BusyError, SwarmDBError, TransactionError
-from moai_flow.memory.models import Record
+from moai_flow.memory.models import Record, table_of
 from moai_flow.memory.statements import Program, Programs, Query, Row, RowDecoder, Statement, translated
 
 R = TypeVar("R", bound=Record)
@@ -62,6 +62,9 @@ class RawConnection(Protocol):
     def execute(self, sql: str, parameters: Any = ..., /) -> RawCursor:
         """Run a statement on a new cursor, and return that."""
 
+    def executemany(self, sql: str, parameters: Any, /) -> RawCursor:
+        """Run a statement once for each of *parameters*, on a new cursor, and return that."""
+
     def commit(self) -> None:
         """Commit; not inside `SwarmDB.transaction`, which does."""
 
@@ -84,6 +87,12 @@ class Block:
         self.sessions: tuple[Session, ...] = () if outer is None else outer.sessions
         self._process = os.getpid()
         self._has_savepoint = False
+        self.has_ended = False
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the block, or one around it, has ended: its connection may be somebody else's by now."""
+        return self.has_ended or (self.outer is not None and self.outer.is_over)
 
     @property
     def is_inherited(self) -> bool:
@@ -123,24 +132,29 @@ class Block:
 
     def undo(self) -> None:
         """Undo what the block did. What can't be undone here is when the connection is closed."""
+        if self.is_over:
+            return
         with suppress(sqlite3.Error, SQLAlchemyError):
-            if self.held.in_transaction:
-                self._restore_writes()
-                if self.outer is not None and self._has_savepoint:  # Without its own it would undo the outer block.
-                    self.held.raw.execute("ROLLBACK TO swarmdb")
-                    self.held.raw.execute("RELEASE swarmdb")
-            if self.outer is None:
-                self._root().rollback()
+            self._restore_writes()
+            # Without a savepoint of its own it would undo the outer block.
+            if self.outer is not None and self._has_savepoint and self.held.in_transaction:
+                self.held.raw.execute("ROLLBACK TO swarmdb")
+                self.held.raw.execute("RELEASE swarmdb")
+            # An interrupt may have come before there was one.
+            if self.outer is None and (root := self.held.connection.get_transaction()) is not None:
+                root.rollback()
 
     def check_alive(self) -> None:
-        """Raise `TransactionError` if no transaction is open any more."""
-        if not self.held.in_transaction:
+        """Raise `TransactionError` if the block's transaction is not open any more."""
+        if self.is_over or not self.held.in_transaction:
             raise TransactionError(_ENDED_INSIDE)
 
-    def expire(self) -> None:
-        """Have the block's sessions read again what they have loaded."""
+    def expire(self, table: FromClause) -> None:
+        """Have the block's sessions read again what they have loaded from *table*."""
         for session in self.sessions:
-            session.expire_all()
+            for loaded in session.identity_map.values():
+                if inspect(loaded).mapper.local_table is table:
+                    session.expire(loaded)
 
     def _root(self) -> RootTransaction:
         root = self.held.connection.get_transaction()
@@ -229,10 +243,16 @@ class Scope:
                     raise TransactionError("a read-only session writes nothing, and this one has changes pending")
                 try:
                     session.flush()
+                    _refresh(session)
                 except SQLAlchemyError as error:
                     raise translated(error, self._connections.where) from error
                 try:
                     session.commit()
+                except PendingRollbackError as error:
+                    raise TransactionError(
+                        "a flush of this session failed inside the block, and its error was caught; call "
+                        "session.rollback() after such an error, or let it end the block"
+                    ) from error
                 except SQLAlchemyError as error:  # It only releases the session's savepoint, which is gone.
                     raise TransactionError(_ENDED_INSIDE) from error
             finally:
@@ -260,7 +280,7 @@ class Scope:
     def _fetch(self, program: Program, values: Mapping[str, Any]) -> list[Row]:
         bound = program.bind(values)
         local = self._connections.local
-        if local.blocks and (block := self._reading_block()) is not None:
+        if (local.blocks or local.pinned) and (block := self._reading_block()) is not None:
             return program.fetch(block.held.raw, bound)
         held = self._connections.take()
         try:
@@ -275,8 +295,8 @@ class Scope:
         local = self._connections.local
         if (local.blocks or local.pinned) and (block := self._writing_block()) is not None:
             cursor = program.execute(block.held.raw, bound)
-            if not statement.inserts:
-                block.expire()
+            if not statement.inserts:  # What is only added changes nothing that was loaded.
+                block.expire(cast(UpdateBase, statement.clause).entity_description["table"])
             return cursor
         held = self._connections.take()
         try:
@@ -291,7 +311,7 @@ class Scope:
         local = self._connections.local
         if (local.blocks or local.pinned) and (block := self._writing_block()) is not None:
             rows = program.fetch(block.held.raw, bound)
-            block.expire()
+            block.expire(table_of(query.model))
         else:
             held = self._connections.take()
             try:
@@ -401,6 +421,7 @@ class Scope:
                 block.undo()
             raise
         finally:
+            block.has_ended = True
             # Not by position, and not through the thread's locals: a generator may end elsewhere, and later.
             if block in blocks:
                 blocks.remove(block)
@@ -427,6 +448,14 @@ def translating(where: str) -> Iterator[None]:
         raise
     except (sqlite3.Error, SQLAlchemyError) as error:
         raise translated(error, where) from error
+
+
+def _refresh(session: Session) -> None:
+    """Read again what domain methods changed, so that it can be read after the session as well."""
+    for loaded in session.identity_map.values():
+        if inspect(loaded).expired_attributes:
+            with suppress(InvalidRequestError):  # Its row is gone.
+                session.refresh(loaded)
 
 
 def _current_task() -> object | None:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Generic, TypeVar, cast
 
 from sqlalchemy import Column, Dialect, Executable
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import StatementError
 from sqlalchemy.orm import class_mapper
 from sqlalchemy.sql.compiler import SQLCompiler
 from sqlalchemy.sql.expression import ClauseElement
@@ -230,8 +230,10 @@ _BUSY = frozenset({sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED})
 
 def translated(error: Exception, where: str) -> SwarmDBError:
     """Return what a driver's *error* means. SQLAlchemy's wrapping is taken off first."""
-    if isinstance(error, DBAPIError) and error.orig is not None:
+    if isinstance(error, StatementError) and isinstance(error.orig, Exception):
         return translated(error.orig, where)
+    if isinstance(error, SwarmDBError):
+        return error
     message = f"{where}: {error}"
     code = getattr(error, "sqlite_errorcode", None)
     primary = None if code is None else code & 0xFF

@@ -55,13 +55,14 @@ def encode_json(value: Any, *, field: str) -> str:
         # By default pydantic turns NaN into null; as a constant it stays visible.
         encoded = to_json(value, inf_nan_mode="constants")
         # Reading it back shows, faster than a walk would, whether anything was changed on the way.
-        unchanged = from_json(encoded) == value and b"Infinity" not in encoded and b"\\u0000" not in encoded
+        unchanged = from_json(encoded, allow_inf_nan=False) == value and b"\\u0000" not in encoded
     except ValueError as error:
         with suppress(RecursionError):
             _refuse_oddities(value, field)
         raise InvalidInputError(field, value, f"{PLAIN_JSON} ({error})") from error
     if not unchanged:
         _refuse_oddities(value, field)
+        _refuse_oddities(from_json(encoded), field)  # What enums and serializers turned it into.
     return encoded.decode()
 
 
@@ -93,12 +94,16 @@ def _refuse_oddities(value: Any, field: str, *, typed: bool = False) -> None:
             if not math.isfinite(value):
                 raise InvalidInputError(field, value, "a finite number")
         case dict():
+            if typed and len(from_json(to_json(dict.fromkeys(value)))) < len(value):
+                raise InvalidInputError(field, value, "keys that differ as text")
             for key, item in value.items():
                 if not isinstance(key, str) and not typed:
                     raise InvalidInputError(f"{field}[{key!r}]", key, "a key that is a string")
                 if isinstance(key, str):
                     _refuse_oddities(key, f"{field}[{key!r}]")
                 _refuse_oddities(item, f"{field}[{key!r}]", typed=typed)
+        case Enum():
+            _refuse_oddities(value.value, field, typed=typed)
         case list() | tuple():
             _refuse_in_each(value, field, typed=typed)
         case set() | frozenset() if typed:

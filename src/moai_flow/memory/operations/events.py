@@ -5,7 +5,7 @@ from datetime import datetime
 from functools import cache
 from typing import Any
 
-from sqlalchemy import bindparam, func, insert, or_, select
+from sqlalchemy import Text, bindparam, func, insert, or_, select, type_coerce
 from sqlmodel import col
 
 from moai_flow.memory import inputs
@@ -17,6 +17,7 @@ from moai_flow.memory.scope import Scope
 from moai_flow.memory.statements import Query, Statement
 
 _EVENTS = table_of(AgentEvent)
+_ID, _TIME = (list(_EVENTS.columns.keys()).index(name) for name in ("id", "timestamp"))
 _KEYS = frozenset(EventData.__annotations__)
 _REQUIRED = EventData.__required_keys__
 
@@ -45,9 +46,13 @@ def _matching(names: frozenset[str]) -> list[Any]:
 def _newest(names: frozenset[str]) -> Query[AgentEvent]:
     recent = select(_EVENTS).where(*_matching(names)).order_by(*NEWEST_FIRST).limit(bindparam("limit"))
     if "before_time" in names:
+        # The event's own text, while it is there: a row of another program may be out of place by its own time.
+        itself = _EVENTS.alias()
+        stored = select(itself.c.timestamp).where(itself.c.id == bindparam("before_id")).scalar_subquery()
+        before = func.coalesce(stored, bindparam("before_time", type_=_EVENTS.c.timestamp.type))
         recent = recent.where(
-            _EVENTS.c.timestamp <= bindparam("before_time"),
-            or_(_EVENTS.c.timestamp < bindparam("before_time"), _EVENTS.c.id < bindparam("before_id")),
+            _EVENTS.c.timestamp <= before,
+            or_(_EVENTS.c.timestamp < before, _EVENTS.c.id < bindparam("before_id")),
         )
     return Query(AgentEvent, recent)
 
@@ -55,10 +60,12 @@ def _newest(names: frozenset[str]) -> Query[AgentEvent]:
 @cache
 def _page(names: frozenset[str]) -> Query[AgentEvent]:
     page = select(_EVENTS).where(*_matching(names), _EVENTS.c.id <= bindparam("last_id"))
+    # As it is stored: a row of another program may be out of place by its own time, and would be met for ever.
+    stored = type_coerce(_EVENTS.c.timestamp, Text)
     if "after_time" in names:
         page = page.where(
-            _EVENTS.c.timestamp >= bindparam("after_time"),
-            or_(_EVENTS.c.timestamp > bindparam("after_time"), _EVENTS.c.id > bindparam("after_id")),
+            stored >= bindparam("after_time"),
+            or_(stored > bindparam("after_time"), _EVENTS.c.id > bindparam("after_id")),
         )
     return Query(AgentEvent, page.order_by(*OLDEST_FIRST).limit(bindparam("limit")))
 
@@ -105,6 +112,8 @@ class EventOperations(Scope):
             StorageError: If the database can't be written.
             ClosedError: After `close`.
         """
+        if isinstance(events, dict | AgentEvent) or not isinstance(events, Iterable):
+            raise InvalidInputError("events", events, "a list, or another iterable, of events")
         rows: list[dict[str, Any]] = []
         program = self._programs[_INSERT]
         bound = []
@@ -190,11 +199,11 @@ class EventOperations(Scope):
         return self._pages({**filters, "last_id": last_id or 0})
 
     def _pages(self, values: dict[str, Any]) -> Iterator[AgentEvent]:
-        while page := self._rows(_page(frozenset(values)), values):
-            yield from page
-            if len(page) < values["limit"]:
+        while rows := self._tuples(query := _page(frozenset(values)), values):
+            yield from self._decoder(query).decode(rows)
+            if len(rows) < values["limit"]:
                 return
-            values["after_time"], values["after_id"] = page[-1].cursor
+            values["after_time"], values["after_id"] = rows[-1][_TIME], rows[-1][_ID]
 
     def _event_row(self, event: EventData | AgentEvent, event_id: str | None) -> dict[str, Any]:
         if isinstance(event, AgentEvent):

@@ -28,7 +28,15 @@ from sqlalchemy import (
 
 from moai_flow.memory import inputs
 from moai_flow.memory.connections import copy_to
-from moai_flow.memory.errors import CorruptDataError, InvalidInputError, SchemaError, StorageError, TransactionError
+from moai_flow.memory.engine import path_of_file
+from moai_flow.memory.errors import (
+    CorruptDataError,
+    InvalidInputError,
+    SchemaError,
+    StorageError,
+    SwarmDBError,
+    TransactionError,
+)
 from moai_flow.memory.migrations import time_columns, unnormalised
 from moai_flow.memory.models import TABLES, AgentEvent, Record, SchemaInfo, SessionMemory, rowid_column, table_of
 from moai_flow.memory.scope import Scope, translating
@@ -179,6 +187,7 @@ class MaintenanceOperations(Scope):
             ClosedError: After `close`.
         """
         self._refuse_in_block("vacuum()")
+        self._refuse_to_wait()
         held = self._connections.take()
         try:
             with translating(self._connections.where):
@@ -203,13 +212,14 @@ class MaintenanceOperations(Scope):
         Raises:
             InvalidInputError: If *path* is a folder, the database itself, or exists and *overwrite* is not set.
             TransactionError: Inside a transaction, whose changes the copy would lack.
+            BusyError: If a writer keeps a database in memory for longer than the busy timeout.
             StorageError: If the file can't be written.
             ClosedError: After `close`.
         """
         self._refuse_in_block("backup()")
-        target = Path(path).expanduser().absolute()
-        if target.is_dir():
-            raise InvalidInputError("path", str(path), "the path of a file, not of a folder")
+        if self._location.path is None:
+            self._refuse_to_wait()
+        target = path_of_file(path, field="path")
         if self._location.path is not None and target.exists() and target.samefile(self._location.path):
             raise InvalidInputError("path", str(path), "a file that is not the database itself")
         if target.exists() and not overwrite:
@@ -218,6 +228,8 @@ class MaintenanceOperations(Scope):
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
             copy_to(held.raw, target)
+        except SwarmDBError:
+            raise
         except (sqlite3.Error, OSError) as error:
             raise StorageError(f"{target}: the backup can't be written: {error}") from error
         finally:
@@ -276,7 +288,7 @@ class MaintenanceOperations(Scope):
         )
 
     def _pragma(self, name: Literal["page_count", "page_size"]) -> int:
-        block = self._own_block()
+        block = self._reading_block()
         held = self._connections.take() if block is None else block.held
         try:
             with translating(self._connections.where):

@@ -123,7 +123,8 @@ class MemoryOperations(Scope):
             session_id: The session that it belongs to.
             memory_type: Which kind of memory it is.
             key: Its name within session and type.
-            as_type: What to validate the value as, with pydantic: a model, a dataclass, ``list[int]``, and so on.
+            as_type: What to validate the value as, with pydantic: a model, a dataclass, ``list[int]``, and so on. A
+                TypedDict has to be ``typing_extensions``' own before Python 3.12.
             default: What to return if the key is absent. A stored None is not absence.
 
         Returns:
