@@ -113,3 +113,11 @@ def test_a_letter_that_the_terminal_does_not_know_is_shown_by_its_code(path: Pat
     ran = subprocess.run(get, capture_output=True, check=True, env={**os.environ, "PYTHONIOENCODING": "latin-1"})
 
     assert ran.stdout == b"ol\xe1 \\u65e5\\u672c\n"
+
+
+def test_a_closed_standard_output_is_no_failure(path: Path) -> None:
+    SwarmDB(path).close()
+    command = f"exec {sys.executable} -m moai_flow.memory status --db {path} >&-"
+    ran = subprocess.run(["sh", "-c", command], capture_output=True, text=True, check=False)
+
+    assert (ran.returncode, ran.stderr) == (0, "")

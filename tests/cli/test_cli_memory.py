@@ -112,3 +112,13 @@ def test_what_another_program_stored_is_printed_as_valid_json(
 
     assert swarmdb("memory", "get", "old", "semantic", "k", "--db", store, "--json").json == printed
     assert swarmdb("memory", "list", "old", "--db", store).status == 0
+
+
+@pytest.mark.parametrize(("value", "options"), [("NaN", []), ("1", ["--ttl-hours", "0"])])
+def test_what_is_refused_leaves_no_new_database(
+    value: str, options: list[str], swarmdb: Command, tmp_path: Path
+) -> None:
+    ran = swarmdb("memory", "set", "s", "semantic", "k", value, "--db", tmp_path / "new.db", *options)
+
+    assert ran.status == 1
+    assert not (tmp_path / "new.db").exists()

@@ -203,3 +203,20 @@ def test_what_would_move_the_cursor_is_shown_by_its_code(swarmdb: Command, path:
 
     assert "\\x1b[2J[bold]:fire:\\n" in swarmdb("agents", "--db", path).out
     assert swarmdb("agents", "--db", path, "--json").json[0]["agent_id"] == "\x1b[2J[bold]:fire:\n"
+
+
+@pytest.mark.parametrize("length", [36, 144])
+def test_long_names_leave_room_for_the_rest(length: int, swarmdb: Command, path: Path) -> None:
+    agent_id = "a" * length
+    with SwarmDB(path) as db:
+        db.register_agent(agent_id, "expert-backend", "running")
+        db.insert_event(
+            {"event_type": "complete", "agent_id": agent_id, "agent_type": "t", "metadata": {"k": "v" * 80}}
+        )
+
+    agents, events = swarmdb("agents", "--db", path).out, swarmdb("events", "--db", path).out
+    assert max(map(len, (agents + events).splitlines())) <= 80
+    assert "running" in agents
+    assert "complete" in events
+    assert agents.count("a" * 36) == length // 36
+    assert "\u2026" not in agents + events

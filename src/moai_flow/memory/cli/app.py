@@ -9,7 +9,7 @@ from datetime import datetime
 from importlib import metadata
 from pathlib import Path
 from time import perf_counter
-from typing import Annotated, Any, TypeVar, cast
+from typing import Annotated, Any, TypeVar
 from uuid import uuid4
 
 import typer
@@ -83,7 +83,8 @@ def _one_of(vocabulary: type[Vocabulary], option: str, text: str) -> Any:
 def run() -> None:
     """Run the command. What can't be done ends it with one line and exit status 1."""
     # A terminal may not know a letter that a row holds: then it shows the letter's code.
-    cast(io.TextIOWrapper, sys.stdout).reconfigure(errors="backslashreplace")
+    if isinstance(sys.stdout, io.TextIOWrapper):  # It is None where the shell has closed it.
+        sys.stdout.reconfigure(errors="backslashreplace")
     with in_one_line():
         app(prog_name="swarmdb")
 
@@ -369,6 +370,8 @@ def set_memory(
 ) -> None:
     """Store a value under a key. The database is made if it does not exist."""
     decoded = value if text else _decoded(value)
+    with SwarmDB(":memory:") as rehearsal:  # What is refused must not leave a new database behind.
+        rehearsal.store_memory(session_id, memory_type, key, decoded, ttl_hours)
     with _opened(db, create_missing=True) as store:
         store.store_memory(session_id, memory_type, key, decoded, ttl_hours)
 
@@ -418,6 +421,8 @@ def backup(
 ) -> None:
     """Copy a database into a file, while others go on reading and writing."""
     with _opened(db) as store:
+        if not overwrite and Path(path).is_file() and not store.db_path.samefile(path):
+            raise StorageError(f"{path} exists; --overwrite replaces it")
         target = store.backup(path, overwrite=overwrite)
     if as_json:
         show.as_json({"path": str(target), "size_bytes": target.stat().st_size})

@@ -16,6 +16,9 @@ from moai_flow.memory.models import Record
 
 _BRIEF = 200
 
+#: What a name may take of a line: as much as a UUID.
+_NAME_WIDTH = 36
+
 
 def console() -> Console:
     """Return standard output, where ``[brackets]`` and ``:colons:`` in data mean nothing."""
@@ -38,8 +41,8 @@ def as_json(value: Any) -> None:
 
 
 def name(heading: str) -> Column:
-    """Return a column whose text stays on one line while anything else can give way."""
-    return Column(heading, no_wrap=True)
+    """Return a column of names: one stays on its line while anything else can give way, unless it is very long."""
+    return Column(heading, no_wrap=True, overflow="fold")
 
 
 def text(heading: str) -> Column:
@@ -60,8 +63,13 @@ def number(heading: str) -> Column:
 def table(title: str, columns: Iterable[Column], rows: Iterable[Iterable[Any]]) -> None:
     """Print a table, or that there is nothing to print. A tuple in a row is a cell of several lines."""
     grid = Table(*columns, title=title, box=SIMPLE_HEAD, show_edge=False, title_justify="left", title_style="bold")
-    for row in rows:
-        grid.add_row(*map(_cell, row))
+    cells = [tuple(map(_cell, row)) for row in rows]
+    for row in cells:
+        grid.add_row(*row)
+    for column, shown in zip(grid.columns, zip(*cells, strict=True), strict=False):
+        longest = max(len(line) for cell in shown for line in cell.split("\n"))
+        if column.overflow == "fold" and longest > _NAME_WIDTH:
+            column.no_wrap, column.min_width = False, _NAME_WIDTH if column.no_wrap else None
     console().print(grid if grid.row_count else f"{title}: none", "", sep="\n")
 
 
