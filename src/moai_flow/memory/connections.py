@@ -8,7 +8,7 @@ import time
 import weakref
 from contextlib import closing, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from uuid import uuid4
 
 from sqlalchemy import Connection, Engine
@@ -16,9 +16,6 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from moai_flow.memory.errors import BusyError, ClosedError
 from moai_flow.memory.statements import translated
-
-if TYPE_CHECKING:
-    from moai_flow.memory.scope import Block
 
 
 class Held:
@@ -76,7 +73,7 @@ class _Local(threading.local):
     """What one thread has open. It is made when the thread first asks, and dies with the thread."""
 
     def __init__(self) -> None:
-        self.blocks: list[Block] = []
+        self.blocks: list[Any] = []  # The blocks of `scope`, outermost first.
         self.pinned: Pinned | None = None
 
 

@@ -348,7 +348,8 @@ class Scope:
     def _own_block(self) -> Block | None:
         """Return the innermost block that this thread and task have open."""
         task = _current_task()
-        for block in reversed(self._connections.local.blocks):
+        blocks: list[Block] = self._connections.local.blocks
+        for block in reversed(blocks):
             if block.task is task:
                 return block
         return None
