@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from sqlalchemy.exc import IntegrityError
+from sqlalchemy.exc import IntegrityError, InvalidRequestError
 from sqlalchemy.orm.exc import DetachedInstanceError
 from sqlmodel import col, select
 
@@ -28,6 +28,7 @@ from moai_flow.memory import (
     SwarmDB,
     TransactionError,
 )
+from moai_flow.memory.scope import translating
 
 EVENT: EventData = {"event_type": "spawn", "agent_id": "a", "agent_type": "t"}
 
@@ -83,6 +84,28 @@ def test_any_exception_rolls_back(db: SwarmDB, error: type[BaseException]) -> No
     assert agents(db) == set()
     db.register_agent("b", "t")
     assert agents(db) == {"b"}
+
+
+def test_an_interrupt_comes_out_as_itself_though_cleaning_up_after_it_fails() -> None:
+    with pytest.raises(KeyboardInterrupt), translating("here"):
+        try:
+            raise KeyboardInterrupt
+        except KeyboardInterrupt as interrupt:
+            raise InvalidRequestError("This session is in the middle of something") from interrupt
+
+
+def test_errors_of_another_kind_are_left_as_they_are() -> None:
+    with pytest.raises(OopsError), translating("here"):
+        raise OopsError
+
+
+def test_an_error_in_the_handling_of_an_interrupt_is_not_mistaken_for_it(db: SwarmDB) -> None:
+    db.insert_event(EVENT, "taken")
+    try:
+        raise KeyboardInterrupt
+    except KeyboardInterrupt:
+        with pytest.raises(ConflictError), db.session() as session:
+            session.add(AgentEvent(event_type=EventType.SPAWN, agent_id="a", agent_type="t", event_id="taken"))
 
 
 def test_a_caught_failure_of_an_inner_block_undoes_only_that(db: SwarmDB) -> None:

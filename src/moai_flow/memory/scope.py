@@ -3,13 +3,14 @@
 import asyncio
 import os
 import sqlite3
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import datetime
 from typing import Any, Protocol, TypeVar, cast
 
 from sqlalchemy import FromClause, RootTransaction, UpdateBase, inspect
-from sqlalchemy.exc import InvalidRequestError, PendingRollbackError, SQLAlchemyError
+from sqlalchemy.exc import InvalidRequestError, OperationalError, PendingRollbackError, SQLAlchemyError
 from sqlmodel import Session
 
 from moai_flow.memory.connections import Connections, Held
@@ -241,20 +242,10 @@ class Scope:
                 block.check_alive()
                 if block.readonly and (session.new or session.dirty or session.deleted):
                     raise TransactionError("a read-only session writes nothing, and this one has changes pending")
-                try:
+                with translating(self._connections.where):
                     session.flush()
                     _refresh(session)
-                except SQLAlchemyError as error:
-                    raise translated(error, self._connections.where) from error
-                try:
-                    session.commit()
-                except PendingRollbackError as error:
-                    raise TransactionError(
-                        "a flush of this session failed inside the block, and its error was caught; call "
-                        "session.rollback() after such an error, or let it end the block"
-                    ) from error
-                except SQLAlchemyError as error:  # It only releases the session's savepoint, which is gone.
-                    raise TransactionError(_ENDED_INSIDE) from error
+                    _release(session)
             finally:
                 if not block.is_inherited:
                     # After a commit there is nothing to undo; what else it fails at, the block's own end undoes.
@@ -358,11 +349,10 @@ class Scope:
         """Make what the block's sessions have pending visible to the statement that follows."""
         self._connections.check_open()
         block.check_alive()
-        try:
-            for session in block.sessions:
-                session.flush()
-        except SQLAlchemyError as error:
-            raise translated(error, self._connections.where) from error
+        if block.sessions:
+            with translating(self._connections.where):
+                for session in block.sessions:
+                    session.flush()
 
     def _refuse_to_wait(self) -> None:
         """Raise where waiting for the write lock would be waiting for this very thread."""
@@ -442,13 +432,32 @@ _READ_ONLY = "session(readonly=True) refuses writes; use session() or transactio
 
 @contextmanager
 def translating(where: str) -> Iterator[None]:
-    """Raise what a driver's error means in its place."""
+    """Raise what a driver's error means in its place, and an interrupt in place of the error that it led to."""
+    outside = sys.exception()
     try:
         yield
     except SwarmDBError:
         raise
-    except (sqlite3.Error, SQLAlchemyError) as error:
-        raise translated(error, where) from error
+    except Exception as error:
+        _raise_interrupt_before(error, outside)
+        if isinstance(error, sqlite3.Error | SQLAlchemyError):
+            raise translated(error, where) from error
+        raise
+
+
+def _raise_interrupt_before(error: Exception, outside: BaseException | None) -> None:
+    """Raise the interrupt, such as ctrl-C, that *error* came up while handling; not one from *outside*.
+
+    SQLAlchemy, interrupted in the middle of its own cleaning up, goes on with that, and may fail at it.
+    """
+    context = error.__context__
+    while isinstance(context, Exception) and context is not outside:
+        context = context.__context__
+    try:
+        if context is not None and context is not outside:
+            raise context from None
+    finally:
+        del context  # With its traceback it would keep this frame, and all that the frame holds, alive.
 
 
 def _refresh(session: Session) -> None:
@@ -457,6 +466,19 @@ def _refresh(session: Session) -> None:
         if inspect(loaded).expired_attributes:
             with suppress(InvalidRequestError):  # Its row is gone.
                 session.refresh(loaded)
+
+
+def _release(session: Session) -> None:
+    """Commit a session that was flushed, which only releases its savepoint."""
+    try:
+        session.commit()
+    except PendingRollbackError as error:
+        raise TransactionError(
+            "a flush of this session failed inside the block, and its error was caught; call session.rollback() after "
+            "such an error, or let it end the block"
+        ) from error
+    except OperationalError as error:  # There is no such savepoint.
+        raise TransactionError(_ENDED_INSIDE) from error
 
 
 def _current_task() -> object | None:
