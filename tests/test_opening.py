@@ -101,6 +101,9 @@ def test_urls_reach_files_and_memory(tmp_path: Path) -> None:
         ({"db_path": "x.db", "busy_timeout": -1}, "busy_timeout"),
         ({"db_path": "x.db", "busy_timeout": float("nan")}, "busy_timeout"),
         ({"db_path": "x.db", "busy_timeout": 1e9}, "busy_timeout"),
+        ({"db_path": "x.db", "page_cache_mib": 0}, "page_cache_mib"),
+        ({"db_path": "x.db", "page_cache_mib": 0.5}, "page_cache_mib"),
+        ({"db_path": "x.db", "page_cache_mib": 2_097_152}, "page_cache_mib"),
     ],
 )
 def test_what_names_no_database_is_refused_and_makes_nothing(
@@ -236,6 +239,12 @@ def test_files_are_in_wal_mode_and_durability_is_set(path: Path) -> None:
             assert conn.execute("PRAGMA synchronous").fetchone()[0] == synchronous
             assert conn.execute("PRAGMA foreign_keys").fetchone()[0] == 1
             assert conn.execute("PRAGMA busy_timeout").fetchone()[0] == 30_000
+            assert conn.execute("PRAGMA cache_size").fetchone()[0] == -16 * 1024
+
+
+def test_the_page_cache_is_as_large_as_asked(path: Path) -> None:
+    with SwarmDB(path, page_cache_mib=3) as db:
+        assert db._get_connection().execute("PRAGMA cache_size").fetchone()[0] == -3 * 1024
 
 
 def test_a_file_whose_journal_was_changed_is_in_wal_mode_again(path: Path) -> None:

@@ -95,6 +95,7 @@ CREATE TABLE schema_info (
 ADDED = {
     "idx_agent_events_agent_time",
     "idx_agent_events_type_time",
+    "idx_agent_registry_active",
     "idx_session_memory_entry",
     "idx_agent_metrics_agent_time",
     "idx_agent_metrics_time",

@@ -24,7 +24,7 @@ def places() -> None:
 
 def settings() -> None:
     durability: Durability = "full"
-    SwarmDB(durability=durability, busy_timeout=2, clock=lambda: datetime.now(UTC))
+    SwarmDB(durability=durability, busy_timeout=2, page_cache_mib=64, clock=lambda: datetime.now(UTC))
 
 
 def context() -> None:

@@ -1,6 +1,5 @@
 """Who holds which connection: a stack of idle ones, one pinned for each thread that asks, none across a fork."""
 
-import ctypes
 import os
 import sqlite3
 import threading
@@ -154,6 +153,8 @@ class Connections:
 
     def forget_all(self) -> None:
         """Leave every connection to the parent process. The child opens its own."""
+        import ctypes  # Only a forked child needs it, and it would slow every import of the package.
+
         for held in self._open:
             # Closing an inherited connection, as deallocation would, may undo what the parent is writing:
             # https://sqlite.org/howtocorrupt.html#_carrying_an_open_database_file_across_a_fork_

@@ -12,7 +12,7 @@ from sqlalchemy.engine import URL
 
 from moai_flow.memory import inputs
 from moai_flow.memory.connections import Connections
-from moai_flow.memory.engine import Durability, create, locate, locate_engine
+from moai_flow.memory.engine import PAGE_CACHE_MIB, Durability, create, locate, locate_engine
 from moai_flow.memory.errors import InvalidInputError
 from moai_flow.memory.migrations import bring_up_to_date
 from moai_flow.memory.operations.agents import AgentOperations
@@ -27,8 +27,9 @@ from moai_flow.memory.types import utc_now
 #: How many idle connections stay open: enough for the threads of one program, none where the pool is the caller's.
 _KEPT, _KEPT_OF_CALLER = 16, 0
 
-#: SQLite counts the busy timeout in milliseconds, in 32 bits.
+#: SQLite counts the busy timeout in milliseconds and the page cache in KiB, both in 32 bits.
 _LONGEST_TIMEOUT = 2_147_483
+_LARGEST_CACHE = 2_097_151
 
 
 class SwarmDB(EventOperations, AgentOperations, MemoryOperations, MetricOperations, MaintenanceOperations):
@@ -52,6 +53,7 @@ class SwarmDB(EventOperations, AgentOperations, MemoryOperations, MetricOperatio
         engine: Engine | None = None,
         durability: Durability = "normal",
         busy_timeout: float = 30.0,
+        page_cache_mib: int = PAGE_CACHE_MIB,
         clock: Callable[[], datetime] = utc_now,
     ) -> None:
         """Open the database, and make it if it does not exist.
@@ -68,6 +70,8 @@ class SwarmDB(EventOperations, AgentOperations, MemoryOperations, MetricOperatio
                 loss as well, for the price of a disk flush at each commit. With ``"normal"``, a power loss may take
                 the last commits, and leaves the file sound.
             busy_timeout: How long a call waits for another writer, in seconds, before it raises `BusyError`.
+            page_cache_mib: How much of the file each open connection may keep in memory, in MiB. More makes bulk work
+                on large files faster; as many connections are open as there are threads inside calls at once.
             clock: Returns the present moment, aware of its zone. For tests.
 
         Raises:
@@ -85,12 +89,17 @@ class SwarmDB(EventOperations, AgentOperations, MemoryOperations, MetricOperatio
         busy_timeout = inputs.number(busy_timeout, field="busy_timeout")
         if not 0 <= busy_timeout <= _LONGEST_TIMEOUT:
             raise InvalidInputError("busy_timeout", busy_timeout, f"seconds from 0 to {_LONGEST_TIMEOUT}")
+        page_cache_mib = inputs.whole(page_cache_mib, field="page_cache_mib", least=1)
+        if page_cache_mib > _LARGEST_CACHE:
+            raise InvalidInputError("page_cache_mib", page_cache_mib, f"MiB from 1 to {_LARGEST_CACHE}")
         self._clock = clock
         self._location = locate(db_path, url) if engine is None else locate_engine(engine)
         where = str(self._location)
         in_memory = self._location.path is None
         if engine is None:
-            own = create(self._location, durability=durability, busy_timeout=busy_timeout)
+            own = create(
+                self._location, durability=durability, busy_timeout=busy_timeout, page_cache_mib=page_cache_mib
+            )
             self._connections = Connections(own, where, kept=_KEPT, anchored=in_memory)
         else:
             self._connections = Connections(engine, where, kept=_KEPT_OF_CALLER)

@@ -80,7 +80,7 @@ def bring_up_to_date(held: Held, location: Location, *, wal_wait: float | None) 
         _adoptable(raw, location)  # Before anything is written: the switch to WAL is.
     if location.path is not None and wal_wait is not None:
         _use_write_ahead_log(raw, location, wal_wait)
-    if read_version(raw) == VERSION:
+    if version == VERSION:
         return
     with held.connection.begin():
         raw.execute("BEGIN IMMEDIATE")

@@ -9,8 +9,21 @@ from datetime import UTC, datetime, timedelta
 from typing import Any, ClassVar, NamedTuple
 
 import uuid_utils
-from sqlalchemy import Column, ColumnElement, Index, Integer, Table, Text, UniqueConstraint, literal_column, text
-from sqlalchemy.orm import registry
+from sqlalchemy import (
+    Column,
+    ColumnElement,
+    Identity,
+    Index,
+    Integer,
+    Table,
+    Text,
+    UniqueConstraint,
+    func,
+    literal_column,
+    text,
+)
+from sqlalchemy.orm import class_mapper, make_transient_to_detached, registry
+from sqlalchemy.orm.base import DEFAULT_STATE_ATTR
 from sqlmodel import Field, SQLModel
 
 from moai_flow.memory.enums import (
@@ -42,6 +55,22 @@ def new_id() -> str:
     return str(uuid_utils.uuid7())
 
 
+class _StateOnDemand:
+    """What SQLAlchemy keeps about a row that was read, made when SQLAlchemy first asks for it.
+
+    It costs more than the rest of the row, in time and in work for the cycle collector, and most rows are read and
+    dropped without any session ever seeing them. Once it is there, the row's own attribute hides this one.
+    """
+
+    def __get__(self, row: "Record | None", model: "type[Record]") -> Any:
+        # SQLAlchemy asks as well whether a class is an instance, and one under construction has a state yet.
+        if row is None or not row.__dict__:
+            raise AttributeError(DEFAULT_STATE_ATTR)
+        class_mapper(model).class_manager.setup_instance(row)
+        make_transient_to_detached(row)  # It stands for a stored row: a session that adds it updates that.
+        return row.__dict__[DEFAULT_STATE_ATTR]
+
+
 # A registry of its own: SQLModel.metadata stays the application's, and neither creates the other's tables.
 class Record(SQLModel, registry=registry()):
     """A row that reads as a typed object, and also by column name.
@@ -54,7 +83,10 @@ class Record(SQLModel, registry=registry()):
         "validate_by_alias": True,
         "serialize_by_alias": True,
         "validate_assignment": True,
+        "defer_build": True,
     }
+
+    _sa_instance_state: ClassVar[Any] = _StateOnDemand()
 
     def __getitem__(self, column: str) -> Any:
         if column in type(self).model_fields:
@@ -87,6 +119,8 @@ class EventCursor(NamedTuple):
     id: int
 
 
+# Identity() is for SQLAlchemy: the numbers are nullable, as the specification has them, and without knowing that the
+# database gives them it would refuse to insert two rows of one flush.
 class AgentEvent(Record, table=True):
     """One thing that happened to an agent."""
 
@@ -102,7 +136,11 @@ class AgentEvent(Record, table=True):
     )
 
     id: int | None = Field(
-        default=None, primary_key=True, nullable=True, description="Its number in this database, given on insert."
+        default=None,
+        primary_key=True,
+        nullable=True,
+        sa_column_args=[Identity()],
+        description="Its number in this database, given on insert.",
     )
     event_id: str = Field(default_factory=new_id, sa_type=Text, description="Its own id: a UUID unless given.")
     event_type: EventType = Field(sa_type=EnumText(EventType), description="What happened.")
@@ -132,6 +170,10 @@ class AgentEvent(Record, table=True):
         return EventCursor(self.timestamp, self.id)
 
 
+#: The condition of the index of agents that have not ended. A query has it to the letter, or SQLite uses another index.
+HAS_NOT_ENDED = text("status NOT IN ('complete', 'error')")
+
+
 class RegisteredAgent(Record, table=True):
     """One agent's present state."""
 
@@ -139,6 +181,8 @@ class RegisteredAgent(Record, table=True):
     __table_args__: ClassVar[Any] = (
         Index("idx_agent_registry_status", "status"),
         Index("idx_agent_registry_agent_type", "agent_type"),
+        # Only of those, which are few however many have ended.
+        Index("idx_agent_registry_active", "spawn_time", "agent_id", sqlite_where=HAS_NOT_ENDED),
     )
 
     agent_id: str = Field(primary_key=True, nullable=True, sa_type=Text, description="The agent's id.")
@@ -197,7 +241,11 @@ class SessionMemory(Record, table=True):
     )
 
     id: int | None = Field(
-        default=None, primary_key=True, nullable=True, description="Its place in the sequence of writes."
+        default=None,
+        primary_key=True,
+        nullable=True,
+        sa_column_args=[Identity()],
+        description="Its place in the sequence of writes.",
     )
     session_id: str = Field(sa_type=Text, description="The session that it belongs to.")
     memory_type: MemoryType = Field(sa_type=EnumText(MemoryType), description="Which kind of memory it is.")
@@ -282,7 +330,11 @@ class AgentMetric(Record, table=True):
     )
 
     metric_id: int | None = Field(
-        default=None, primary_key=True, nullable=True, description="Its number in this database, given on insert."
+        default=None,
+        primary_key=True,
+        nullable=True,
+        sa_column_args=[Identity()],
+        description="Its number in this database, given on insert.",
     )
     agent_id: str = Field(sa_type=Text, description="The agent that it measures.")
     metric_type: AgentMetricType = Field(sa_type=EnumText(AgentMetricType), description="What it measures.")
@@ -315,7 +367,11 @@ class SwarmMetric(Record, table=True):
     )
 
     metric_id: int | None = Field(
-        default=None, primary_key=True, nullable=True, description="Its number in this database, given on insert."
+        default=None,
+        primary_key=True,
+        nullable=True,
+        sa_column_args=[Identity()],
+        description="Its number in this database, given on insert.",
     )
     swarm_id: str = Field(sa_type=Text, description="The swarm that it measures.")
     metric_type: SwarmMetricType = Field(sa_type=EnumText(SwarmMetricType), description="What it measures.")
@@ -349,6 +405,15 @@ class SchemaInfo(Record, table=True):
         sa_column_kwargs=_NOW,
         description="When it was written, in UTC.",
     )
+
+
+def unsearched(column: Column[Any]) -> ColumnElement[Any]:
+    """Return *column* for a condition by which no index is to be searched.
+
+    SQLite takes one index for a table, and one bound on each side. Left the choice, it may take the one that says
+    least, or have to sort what it finds.
+    """
+    return func.coalesce(column, column)
 
 
 #: SQLite's own number of a row, which every table has there, whatever its key.

@@ -12,8 +12,9 @@ from contextlib import suppress
 from datetime import UTC, date, datetime, time, timedelta
 from decimal import Decimal
 from enum import Enum
+from functools import partial
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeAlias, TypeVar
 from uuid import UUID
 
 from pydantic import BaseModel
@@ -128,12 +129,17 @@ def _refuse_in_each(items: Iterable[Any], field: str, *, typed: bool) -> None:
 
 def encode_iso(moment: datetime) -> str:
     """Return fixed-width ISO-8601 in UTC, so that the order of texts is the order of times."""
-    return moment.astimezone(UTC).isoformat(timespec="microseconds")
+    return in_utc(moment).isoformat(timespec="microseconds")
 
 
 def encode_datetime(moment: datetime) -> str:
     """Return UTC as ``CURRENT_TIMESTAMP`` writes it, with a fraction only where it isn't zero."""
-    return moment.astimezone(UTC).replace(tzinfo=None).isoformat(" ")
+    return in_utc(moment).isoformat(" ").removesuffix("+00:00")
+
+
+def in_utc(moment: datetime) -> datetime:
+    """Return *moment* in UTC; a naive one is local time."""
+    return moment if moment.tzinfo is UTC else moment.astimezone(UTC)
 
 
 def decode_time(text: str) -> datetime:
@@ -158,6 +164,12 @@ def decode_time(text: str) -> datetime:
 
 # Columns
 
+# Each type gives SQLAlchemy its processors as plain functions. Made by TypeDecorator out of process_bind_param and
+# process_result_value, they would wrap each value in a call that costs more than the work inside.
+
+Encoder: TypeAlias = Callable[[Any], Any]
+Decoder: TypeAlias = Callable[[Any], Any]
+
 
 class JSONText(TypeDecorator[Any]):
     """A JSON value, stored as text. NULL reads as None."""
@@ -166,15 +178,11 @@ class JSONText(TypeDecorator[Any]):
     cache_ok = True
     reads_null = True
 
-    def __init__(self, field: str = "value") -> None:
-        super().__init__()
-        self.field = field
+    def bind_processor(self, dialect: Dialect) -> Encoder:
+        return partial(encode_json, field="value")
 
-    def process_bind_param(self, value: Any, dialect: Dialect) -> str:
-        return encode_json(value, field=self.field)
-
-    def process_result_value(self, value: str | None, dialect: Dialect) -> Any:
-        return None if value is None else decode_json(value)
+    def result_processor(self, dialect: Dialect, coltype: object) -> Decoder:
+        return lambda value: None if value is None else decode_json(value)
 
 
 class JSONObjectText(TypeDecorator[dict[str, Any]]):
@@ -184,16 +192,28 @@ class JSONObjectText(TypeDecorator[dict[str, Any]]):
     cache_ok = True
     reads_null = True
 
-    def process_bind_param(self, value: dict[str, Any] | None, dialect: Dialect) -> str:
-        return encode_json({} if value is None else value, field="metadata")
+    def bind_processor(self, dialect: Dialect) -> Encoder:
+        return lambda value: encode_json({} if value is None else value, field="metadata")
 
-    def process_result_value(self, value: str | None, dialect: Dialect) -> dict[str, Any]:
-        if value is None:
-            return {}
-        decoded = decode_json(value)
-        if not isinstance(decoded, dict):
-            raise ValueError(f"a JSON object was expected, got {type(decoded).__name__}")
-        return decoded
+    def result_processor(self, dialect: Dialect, coltype: object) -> Decoder:
+        return decode_json_object
+
+
+def decode_json_object(text: str | None) -> dict[str, Any]:
+    """Return the dict of a JSON object's *text*; an empty one for NULL.
+
+    Raises:
+        ValueError: If *text* is not JSON, or not an object.
+    """
+    if text is None:
+        return {}
+    try:
+        decoded = from_json(text)
+    except ValueError:
+        decoded = decode_json(text)
+    if not isinstance(decoded, dict):
+        raise ValueError(f"a JSON object was expected, got {type(decoded).__name__}")
+    return decoded
 
 
 V = TypeVar("V", bound=Vocabulary)
@@ -209,11 +229,23 @@ class EnumText(TypeDecorator[V], Generic[V]):
         super().__init__()
         self.vocabulary = vocabulary
 
-    def process_bind_param(self, value: V | str | None, dialect: Dialect) -> str | None:
-        return value.value if isinstance(value, Vocabulary) else value
+    def bind_processor(self, dialect: Dialect) -> Encoder:
+        return lambda value: value.value if isinstance(value, Vocabulary) else value
 
-    def process_result_value(self, value: str | None, dialect: Dialect) -> V | None:
-        return None if value is None else self.vocabulary.read(value)
+    def result_processor(self, dialect: Dialect, coltype: object) -> Decoder:
+        return _Members(self.vocabulary).__getitem__
+
+
+class _Members(dict[str | None, V | None], Generic[V]):
+    """The members of a vocabulary by stored value. A word that it does not list is made a member when it is met."""
+
+    def __init__(self, vocabulary: type[V]) -> None:
+        super().__init__({member.value: member for member in vocabulary})
+        self[None] = None
+        self._vocabulary = vocabulary
+
+    def __missing__(self, value: str) -> V:
+        return self._vocabulary.read(value)  # Not kept: other programs may write any number of words.
 
 
 class ISOText(TypeDecorator[datetime]):
@@ -222,47 +254,18 @@ class ISOText(TypeDecorator[datetime]):
     impl = Text
     cache_ok = True
 
-    def process_bind_param(self, value: datetime | None, dialect: Dialect) -> str | None:
-        return None if value is None else encode_iso(value)
+    def bind_processor(self, dialect: Dialect) -> Encoder:
+        return lambda value: None if value is None else encode_iso(value)
 
-    def process_result_value(self, value: str | None, dialect: Dialect) -> datetime | None:
-        return None if value is None else decode_time(value)
-
-
-class Real(TypeDecorator[float]):
-    """A float. RETURNING gives whole ones as int, since that is how SQLite keeps them."""
-
-    impl = REAL
-    cache_ok = True
-
-    def process_result_value(self, value: float | None, dialect: Dialect) -> float | None:
-        return None if value is None else float(value)
+    def result_processor(self, dialect: Dialect, coltype: object) -> Decoder:
+        return _decode_iso
 
 
-class EpochSeconds(Real):
-    """A moment in seconds since the epoch: a float that a datetime can hold."""
-
-    cache_ok = True
-
-    def process_result_value(self, value: float | None, dialect: Dialect) -> float | None:
-        seconds = super().process_result_value(value, dialect)
-        if seconds is not None:
-            try:
-                datetime.fromtimestamp(seconds, UTC)
-            except (OverflowError, OSError):
-                raise ValueError("it is outside the years 1 to 9999") from None
-        return seconds
-
-
-class Count(TypeDecorator[int]):
-    """How many of something. NULL, which raw SQL may have left there, reads as none."""
-
-    impl = Integer
-    cache_ok = True
-    reads_null = True
-
-    def process_result_value(self, value: int | None, dialect: Dialect) -> int:
-        return 0 if value is None else value
+def _decode_iso(text: str | None) -> datetime | None:
+    if text is None:
+        return None
+    moment = datetime.fromisoformat(text)
+    return moment if moment.tzinfo is UTC else decode_time(text)
 
 
 class UTCDateTime(UserDefinedType[datetime]):
@@ -273,8 +276,61 @@ class UTCDateTime(UserDefinedType[datetime]):
     def get_col_spec(self, **kw: Any) -> str:
         return "DATETIME"
 
-    def bind_processor(self, dialect: Dialect) -> Callable[[datetime | None], str | None]:
+    def bind_processor(self, dialect: Dialect) -> Encoder:
         return lambda value: None if value is None else encode_datetime(value)
 
-    def result_processor(self, dialect: Dialect, coltype: object) -> Callable[[str | None], datetime | None]:
-        return lambda value: None if value is None else decode_time(value)
+    def result_processor(self, dialect: Dialect, coltype: object) -> Decoder:
+        return _decode_datetime
+
+
+def _decode_datetime(text: str | None) -> datetime | None:
+    if text is None:
+        return None
+    if text[10:11] == " ":
+        with suppress(ValueError):  # It has a zone of its own, or is no time.
+            return datetime.fromisoformat(f"{text}+00:00")  # A seventh of what replace(tzinfo=UTC) costs.
+    return decode_time(text)
+
+
+class Real(TypeDecorator[float]):
+    """A float. RETURNING gives whole ones as int, since that is how SQLite keeps them."""
+
+    impl = REAL
+    cache_ok = True
+
+    def result_processor(self, dialect: Dialect, coltype: object) -> Decoder:
+        return lambda value: None if value is None else float(value)
+
+
+class EpochSeconds(Real):
+    """A moment in seconds since the epoch: a float that a datetime can hold."""
+
+    cache_ok = True
+
+    def result_processor(self, dialect: Dialect, coltype: object) -> Decoder:
+        return lambda value: None if value is None else decode_epoch(value)
+
+
+_YEAR_1, _YEAR_10000 = -62_135_596_800, 253_402_300_800
+
+
+def decode_epoch(seconds: float) -> float:
+    """Return *seconds* since the epoch as a float.
+
+    Raises:
+        ValueError: If no datetime holds that moment.
+    """
+    if not _YEAR_1 <= seconds < _YEAR_10000:
+        raise ValueError("it is outside the years 1 to 9999")
+    return float(seconds)
+
+
+class Count(TypeDecorator[int]):
+    """How many of something. NULL, which raw SQL may have left there, reads as none."""
+
+    impl = Integer
+    cache_ok = True
+    reads_null = True
+
+    def result_processor(self, dialect: Dialect, coltype: object) -> Decoder:
+        return lambda value: 0 if value is None else value

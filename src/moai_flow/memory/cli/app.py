@@ -114,7 +114,7 @@ def _check_exists(location: Location) -> None:
         raise StorageError(f"no database at {location}")
     # Opening a file of another program would add our tables to it.
     with translating(str(location)):
-        tables = inspect(create(location, durability="normal", busy_timeout=BUSY_TIMEOUT)).get_table_names()
+        tables = inspect(create(location, busy_timeout=BUSY_TIMEOUT)).get_table_names()
     if not {str(model.__tablename__) for model in TABLES}.intersection(tables):
         raise StorageError(f"no database at {location}: the file has none of SwarmDB's tables")
 

@@ -11,7 +11,7 @@ from sqlmodel import col
 from moai_flow.memory import inputs
 from moai_flow.memory.enums import ACTIVE_STATUSES, AgentStatus, AgentStatusLike
 from moai_flow.memory.errors import AgentNotFoundError, InvalidInputError
-from moai_flow.memory.models import RegisteredAgent, table_of
+from moai_flow.memory.models import HAS_NOT_ENDED, RegisteredAgent, table_of, unsearched
 from moai_flow.memory.scope import Scope
 from moai_flow.memory.statements import Query, Statement
 
@@ -47,7 +47,7 @@ _BY_ID = Query(RegisteredAgent, select(_AGENTS).where(_AGENTS.c.agent_id == bind
 _ACTIVE = Query(
     RegisteredAgent,
     select(_AGENTS)
-    .where(or_(*(_AGENTS.c.status == status for status in sorted(ACTIVE_STATUSES))))
+    .where(HAS_NOT_ENDED, or_(*(unsearched(_AGENTS.c.status) == status for status in sorted(ACTIVE_STATUSES))))
     .order_by(*NEWEST_SPAWN_FIRST),
 )
 _DELETE = Statement(delete(_AGENTS).where(_AGENTS.c.agent_id == bindparam("agent_id")))

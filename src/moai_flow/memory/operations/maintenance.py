@@ -48,6 +48,9 @@ _VERSION = Statement(select(table_of(SchemaInfo).c.value).where(table_of(SchemaI
 _DELETE_EVENTS = Statement(delete(_EVENTS).where(_EVENTS.c.timestamp < bindparam("cutoff")))
 _PRAGMAS = {"page_count": "PRAGMA page_count", "page_size": "PRAGMA page_size"}
 
+#: How many rows are checked at a time.
+_CHUNK = 1000
+
 # The versions that have the bug, but for the minor versions that mend it, each from a patch on.
 _WAL_RESET_FIRST, _WAL_RESET_LAST = (3, 7, 0), (3, 51, 2)
 _WAL_RESET_MENDED: dict[tuple[int, ...], int] = {(3, 44): 6, (3, 50): 7}
@@ -335,14 +338,18 @@ def _inspect(
         if isinstance(column.type, EnumText)
     ]
     bad_rows = []
-    for rowid, *row in raw.execute(str(select(rowid_column, *table.columns))):
-        if faults := decoder.faults(row):
-            undecodable.extend(faults)
-            bad_rows.append(rowid)
+    cursor = raw.execute(str(select(*table.columns, rowid_column)))
+    while chunk := cursor.fetchmany(_CHUNK):
+        rows = [row[:-1] for row in chunk]
+        if not decoder.are_sound(rows):
+            for row, (*_, rowid) in zip(rows, chunk, strict=True):
+                if faults := decoder.faults(row):
+                    undecodable.extend(faults)
+                    bad_rows.append(rowid)
         for index, name, vocabulary in vocabularies:
-            word = row[index]
-            if isinstance(word, str) and not vocabulary.read(word).is_listed:
-                unlisted[table.name, name, word] += 1
+            for word, times in Counter(row[index] for row in rows).items():
+                if isinstance(word, str) and not vocabulary.read(word).is_listed:
+                    unlisted[table.name, name, word] += times
     return bad_rows
 
 

@@ -1,6 +1,5 @@
 """Cross-session memory: JSON values under keys, with a time to live."""
 
-from datetime import datetime
 from functools import cache, lru_cache
 from typing import Any, TypeVar, cast, overload
 
@@ -174,10 +173,8 @@ class MemoryOperations(Scope):
             "prefix": inputs.text_filter(prefix, field="prefix"),
         }
         given = {name: value for name, value in filters.items() if value is not None}
-        now = self._clock()
-        return [
-            memory for memory in self._rows(_latest_of_each(frozenset(given)), given) if not _has_expired(memory, now)
-        ]
+        query = _latest_of_each(frozenset(given))
+        return self._decoder(query).decode([row for row in self._tuples(query, given) if self._is_live(row)])
 
     def memory_history(self, session_id: str, memory_type: MemoryTypeLike, key: str) -> list[SessionMemory]:
         """Return all that was stored under a key and is still kept, expired and replaced values included.
@@ -224,14 +221,17 @@ class MemoryOperations(Scope):
 
     def _live_row(self, address: dict[str, Any]) -> Row | None:
         """Return the latest row of a key as it is stored, unless there is none or it has expired."""
-        for row in self._tuples(_LATEST, address):
-            try:
-                expires = None if row[_TTL] is None else expiry(decode_time(row[_TIME]), row[_TTL])
-            except (ValueError, TypeError) as error:
-                raise self._latest_fault(row) from error
-            if expires is None or self._clock() < expires:
-                return row
-        return None
+        return next(filter(self._is_live, self._tuples(_LATEST, address)), None)
+
+    def _is_live(self, row: Row) -> bool:
+        """Whether a row has not expired."""
+        if row[_TTL] is None:
+            return True
+        try:
+            expires = expiry(decode_time(row[_TIME]), row[_TTL])
+        except (ValueError, TypeError) as error:
+            raise self._latest_fault(row) from error
+        return expires is None or self._clock() < expires
 
     def _latest_fault(self, row: Row) -> CorruptDataError:
         return self._decoder(_LATEST).first_fault([row])
@@ -243,11 +243,6 @@ def _address(session_id: str, memory_type: MemoryTypeLike, key: str) -> dict[str
         "memory_type": inputs.recognise(MemoryType, memory_type, field="memory_type"),
         "key": inputs.text(key, field="key"),
     }
-
-
-def _has_expired(memory: SessionMemory, now: datetime) -> bool:
-    expires = memory.expires_at
-    return expires is not None and now >= expires
 
 
 def _validated(as_type: type[T], stored: str) -> T:

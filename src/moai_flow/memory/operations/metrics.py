@@ -18,7 +18,7 @@ from moai_flow.memory.enums import (
     TaskResultLike,
 )
 from moai_flow.memory.errors import InvalidInputError
-from moai_flow.memory.models import AgentMetric, Record, SwarmMetric, TaskMetric, table_of
+from moai_flow.memory.models import AgentMetric, Record, SwarmMetric, TaskMetric, table_of, unsearched
 from moai_flow.memory.scope import Scope
 from moai_flow.memory.statements import Query, Statement
 
@@ -44,8 +44,11 @@ def _newest(model: type[R], names: frozenset[str]) -> Query[R]:
         "since": table.c.timestamp >= bindparam("since"),
         "until": table.c.timestamp < bindparam("until"),
     }
+    narrowest = next((name for name in ("task_id", "agent_id") if name in names), None)
     for name in names - conditions.keys():
-        conditions[name] = table.c[name] == bindparam(name)
+        # No index of tasks has two of these, and SQLite can't know that a task has fewer rows than an agent.
+        searched = model is not TaskMetric or narrowest in (None, name)
+        conditions[name] = (table.c[name] if searched else unsearched(table.c[name])) == bindparam(name)
     tie = table.c.task_id if model is TaskMetric else table.c.metric_id
     return Query(
         model,
