@@ -10,6 +10,9 @@ import pytest
 
 from moai_flow.memory import SwarmDB
 
+# What it compares with is in an extra of its own.
+collect_ignore = ["benchmarks/peers.py"]
+
 REPOSITORY = Path(__file__).parents[1]
 LEGACY = REPOSITORY.parent / "shared" / "data" / "legacy-2.0.0.db"
 

@@ -1,0 +1,321 @@
+"""The floor: the same work with nothing but `sqlite3`, as somebody would write it by hand who knows how.
+
+One held connection in autocommit, constant SQL, the same tables, indexes and pragmas; ids from `uuid4`, `json` for
+JSON, rows as dicts, times as the text that is stored. Nothing is validated. Methods have the facade's names and
+parameters, so that one call measures either side; each takes just the filters that are measured.
+"""
+
+import json
+import sqlite3
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing, contextmanager
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+from moai_flow.memory.engine import PAGE_CACHE_MIB
+
+Row = dict[str, Any]
+
+INSERT_EVENT = (
+    "INSERT INTO agent_events (event_id, event_type, agent_id, agent_type, timestamp, metadata, created_at) "
+    "VALUES (?, ?, ?, ?, ?, ?, ?)"
+)
+REGISTER = (
+    "INSERT INTO agent_registry (agent_id, agent_type, status, spawn_time, complete_time, duration_ms, metadata, "
+    "last_updated) VALUES (?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (agent_id) DO UPDATE SET "
+    "agent_type = excluded.agent_type, status = excluded.status, spawn_time = excluded.spawn_time, "
+    "complete_time = excluded.complete_time, duration_ms = excluded.duration_ms, metadata = excluded.metadata, "
+    "last_updated = excluded.last_updated RETURNING *"
+)
+FINISH = (
+    "UPDATE agent_registry SET status = ?, complete_time = ?, duration_ms = coalesce(?, duration_ms), "
+    "last_updated = ? WHERE agent_id = ? RETURNING *"
+)
+RESUME = (
+    "UPDATE agent_registry SET status = ?, complete_time = NULL, duration_ms = NULL, last_updated = ? "
+    "WHERE agent_id = ? RETURNING *"
+)
+INSERT_MEMORY = (
+    "INSERT INTO session_memory (session_id, memory_type, key, value, timestamp, ttl_hours, created_at) "
+    "VALUES (?, ?, ?, ?, ?, ?, ?)"
+)
+OF_KEY = "FROM session_memory WHERE session_id = ? AND memory_type = ? AND key = ?"
+INSERT_TASK = (
+    "INSERT INTO task_metrics (task_id, agent_id, duration_ms, result, tokens_used, files_changed, timestamp) "
+    "VALUES (?, ?, ?, ?, ?, ?, ?) ON CONFLICT (task_id, timestamp) DO NOTHING"
+)
+INSERT_AGENT_METRIC = (
+    "INSERT INTO agent_metrics (agent_id, metric_type, value, metadata, timestamp) VALUES (?, ?, ?, ?, ?)"
+)
+INSERT_SWARM_METRIC = (
+    "INSERT INTO swarm_metrics (swarm_id, metric_type, value, metadata, timestamp) VALUES (?, ?, ?, ?, ?)"
+)
+TABLES = ("agent_events", "agent_registry", "session_memory", "task_metrics", "agent_metrics", "swarm_metrics")
+
+
+def connect(path: Path, *, durability: str = "normal") -> sqlite3.Connection:
+    """Return a connection with the settings that SwarmDB uses."""
+    raw = sqlite3.connect(path, timeout=30, isolation_level=None, check_same_thread=False)
+    raw.execute("PRAGMA journal_mode = WAL")
+    raw.execute(f"PRAGMA synchronous = {durability}")
+    raw.execute("PRAGMA foreign_keys = ON")
+    raw.execute(f"PRAGMA cache_size = {PAGE_CACHE_MIB * -1024}")
+    raw.row_factory = sqlite3.Row
+    return raw
+
+
+def iso(moment: datetime) -> str:
+    """Return *moment* as TEXT columns hold it."""
+    return moment.isoformat(timespec="microseconds")
+
+
+def spaced(moment: datetime) -> str:
+    """Return *moment* as DATETIME columns hold it."""
+    return moment.replace(tzinfo=None).isoformat(" ")
+
+
+def with_metadata(row: sqlite3.Row) -> Row:
+    """Return a row as a dict, its JSON decoded."""
+    found = dict(row)
+    found["metadata"] = json.loads(found["metadata"])
+    return found
+
+
+def with_value(row: sqlite3.Row) -> Row:
+    """Return a row of memory as a dict, its JSON decoded."""
+    found = dict(row)
+    found["value"] = json.loads(found["value"])
+    return found
+
+
+def is_live(row: Row, now: datetime) -> bool:
+    """Whether a row of memory has not expired."""
+    hours = row["ttl_hours"]
+    return hours is None or now < datetime.fromisoformat(row["timestamp"]) + timedelta(hours=hours)
+
+
+class RawSwarm:
+    """A store made by hand."""
+
+    def __init__(self, path: Path, *, durability: str = "normal", clock: Callable[[], datetime] | None = None) -> None:
+        """Open a file that has the tables already."""
+        self.path = path
+        self.raw = connect(path, durability=durability)
+        self._now = clock or (lambda: datetime.now(UTC))
+
+    def close(self) -> None:
+        """Close it."""
+        self.raw.close()
+
+    # Events
+
+    def _event(self, event: Row) -> tuple[Any, ...]:
+        now = iso(self._now())
+        return (
+            str(uuid4()),
+            event["event_type"],
+            event["agent_id"],
+            event["agent_type"],
+            event.get("timestamp", now),
+            json.dumps(event["metadata"]),
+            now,
+        )
+
+    def insert_event(self, event: Row) -> str:
+        bound = self._event(event)
+        self.raw.execute(INSERT_EVENT, bound)
+        return str(bound[0])
+
+    def insert_events(self, events: Iterable[Row]) -> list[str]:
+        rows = [self._event(event) for event in events]
+        with self.transaction() as raw:
+            raw.executemany(INSERT_EVENT, rows)
+        return [row[0] for row in rows]
+
+    def get_events(
+        self, agent_id: str | None = None, event_type: str | None = None, limit: int = 100, *, before: Any = None
+    ) -> list[Row]:
+        order = "ORDER BY timestamp DESC, id DESC LIMIT ?"
+        if before is not None:
+            at, number = iso(before.timestamp), before.id
+            found = self.raw.execute(
+                "SELECT * FROM agent_events WHERE agent_id = ? AND timestamp <= ? AND (timestamp < ? OR id < ?) "
+                + order,
+                (agent_id, at, at, number, limit),
+            )
+        elif agent_id is not None:
+            found = self.raw.execute("SELECT * FROM agent_events WHERE agent_id = ? " + order, (agent_id, limit))
+        elif event_type is not None:
+            found = self.raw.execute("SELECT * FROM agent_events WHERE event_type = ? " + order, (event_type, limit))
+        else:
+            found = self.raw.execute("SELECT * FROM agent_events " + order, (limit,))
+        return [with_metadata(row) for row in found]
+
+    def iter_events(self) -> Iterator[Row]:
+        return map(with_metadata, self.raw.execute("SELECT * FROM agent_events ORDER BY timestamp, id"))
+
+    # Agents
+
+    def register_agent(self, agent_id: str, agent_type: str, *, metadata: Row) -> Row:
+        now = self._now()
+        bound = (agent_id, agent_type, "spawned", now.timestamp(), None, None, json.dumps(metadata), iso(now))
+        return self._returned(REGISTER, bound)
+
+    def update_agent_status(self, agent_id: str, status: str, duration_ms: int | None = None) -> Row:
+        now = self._now()
+        if status in ("complete", "error"):
+            return self._returned(FINISH, (status, now.timestamp(), duration_ms, iso(now), agent_id))
+        return self._returned(RESUME, (status, iso(now), agent_id))
+
+    def _returned(self, sql: str, bound: tuple[Any, ...]) -> Row:
+        # fetchone() would leave the statement, and with it the transaction, open.
+        (row,) = self.raw.execute(sql, bound).fetchall()
+        return with_metadata(row)
+
+    def get_agent(self, agent_id: str) -> Row | None:
+        row = self.raw.execute("SELECT * FROM agent_registry WHERE agent_id = ?", (agent_id,)).fetchone()
+        return None if row is None else with_metadata(row)
+
+    def get_active_agents(self) -> list[Row]:
+        return [
+            with_metadata(row)
+            for row in self.raw.execute(
+                "SELECT * FROM agent_registry WHERE status IN ('running', 'spawned') "
+                "ORDER BY spawn_time DESC, agent_id DESC"
+            )
+        ]
+
+    def list_agents(self, status: str) -> list[Row]:
+        return [
+            with_metadata(row)
+            for row in self.raw.execute(
+                "SELECT * FROM agent_registry WHERE status = ? ORDER BY spawn_time DESC, agent_id DESC", (status,)
+            )
+        ]
+
+    def delete_agent(self, agent_id: str) -> bool:
+        return bool(self.raw.execute("DELETE FROM agent_registry WHERE agent_id = ?", (agent_id,)).rowcount)
+
+    # Memory
+
+    def store_memory(
+        self, session_id: str, memory_type: str, key: str, value: Any, ttl_hours: int | None = None
+    ) -> int | None:
+        now = iso(self._now())
+        bound = (session_id, memory_type, key, json.dumps(value), now, ttl_hours, now)
+        return self.raw.execute(INSERT_MEMORY, bound).lastrowid
+
+    def get_memory(self, session_id: str, memory_type: str, key: str) -> Any:
+        row = self.raw.execute(f"SELECT * {OF_KEY} ORDER BY id DESC LIMIT 1", (session_id, memory_type, key)).fetchone()
+        if row is None or not is_live(found := dict(row), self._now()):
+            return None
+        return json.loads(found["value"])
+
+    def list_memories(self, session_id: str) -> list[Row]:
+        now = self._now()
+        found = self.raw.execute(
+            "SELECT * FROM session_memory WHERE id IN (SELECT max(id) FROM session_memory WHERE session_id = ? "
+            "GROUP BY memory_type, key) ORDER BY memory_type, key",
+            (session_id,),
+        )
+        return [row for row in map(with_value, found) if is_live(row, now)]
+
+    def memory_history(self, session_id: str, memory_type: str, key: str) -> list[Row]:
+        found = self.raw.execute(f"SELECT * {OF_KEY} ORDER BY id DESC", (session_id, memory_type, key))
+        return [with_value(row) for row in found]
+
+    def delete_memory(self, session_id: str, memory_type: str, key: str) -> bool:
+        with self.transaction() as raw:
+            live = self.get_memory(session_id, memory_type, key) is not None
+            raw.execute(f"DELETE {OF_KEY}", (session_id, memory_type, key))
+        return live
+
+    # Metrics
+
+    def store_task_metric(
+        self, task_id: str, agent_id: str, duration_ms: int, result: str, tokens_used: int, files_changed: int
+    ) -> str:
+        now = self._now()
+        while True:
+            kept = spaced(now)
+            bound = (task_id, agent_id, duration_ms, result, tokens_used, files_changed, kept)
+            if self.raw.execute(INSERT_TASK, bound).rowcount:
+                return kept
+            now += timedelta(microseconds=1)
+
+    def store_agent_metric(self, agent_id: str, metric_type: str, value: float, metadata: Row) -> int | None:
+        bound = (agent_id, metric_type, value, json.dumps(metadata), spaced(self._now()))
+        return self.raw.execute(INSERT_AGENT_METRIC, bound).lastrowid
+
+    def store_swarm_metric(self, swarm_id: str, metric_type: str, value: float, metadata: Row) -> int | None:
+        bound = (swarm_id, metric_type, value, json.dumps(metadata), spaced(self._now()))
+        return self.raw.execute(INSERT_SWARM_METRIC, bound).lastrowid
+
+    def get_task_metrics(self, *, agent_id: str, limit: int = 100) -> list[Row]:
+        found = self.raw.execute(
+            "SELECT * FROM task_metrics WHERE agent_id = ? ORDER BY timestamp DESC, task_id DESC LIMIT ?",
+            (agent_id, limit),
+        )
+        return [dict(row) for row in found]
+
+    def get_agent_metrics(self, agent_id: str, *, limit: int = 100) -> list[Row]:
+        found = self.raw.execute(
+            "SELECT * FROM agent_metrics WHERE agent_id = ? ORDER BY timestamp DESC, metric_id DESC LIMIT ?",
+            (agent_id, limit),
+        )
+        return [with_metadata(row) for row in found]
+
+    def get_swarm_metrics(self, swarm_id: str, metric_type: str, *, limit: int = 100) -> list[Row]:
+        found = self.raw.execute(
+            "SELECT * FROM swarm_metrics WHERE swarm_id = ? AND metric_type = ? "
+            "ORDER BY timestamp DESC, metric_id DESC LIMIT ?",
+            (swarm_id, metric_type, limit),
+        )
+        return [with_metadata(row) for row in found]
+
+    # Transactions and maintenance
+
+    @contextmanager
+    def transaction(self) -> Iterator[sqlite3.Connection]:
+        self.raw.execute("BEGIN IMMEDIATE")
+        try:
+            yield self.raw
+        except BaseException:
+            self.raw.execute("ROLLBACK")
+            raise
+        self.raw.execute("COMMIT")
+
+    def cleanup_old_events(self, days: int) -> int:
+        cutoff = iso(self._now() - timedelta(days=days))
+        return self.raw.execute("DELETE FROM agent_events WHERE timestamp < ?", (cutoff,)).rowcount
+
+    def vacuum(self) -> None:
+        self.raw.execute("VACUUM")
+        self.raw.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+
+    def backup(self, path: Path, *, overwrite: bool) -> Path:
+        path.unlink(missing_ok=True)
+        with closing(sqlite3.connect(path)) as copy:
+            self.raw.backup(copy)
+        return path
+
+    def check(self) -> list[str]:
+        found = [row[0] for row in self.raw.execute("PRAGMA integrity_check") if row[0] != "ok"]
+        for table in TABLES:
+            for row in self.raw.execute(f"SELECT * FROM {table}"):
+                values = dict(row)
+                for name in ("metadata", "value"):
+                    if isinstance(values.get(name), str):
+                        json.loads(values[name])
+        return found
+
+    def size_bytes(self) -> int:
+        (pages,) = self.raw.execute("PRAGMA page_count").fetchone()
+        (size,) = self.raw.execute("PRAGMA page_size").fetchone()
+        return int(pages) * int(size)
+
+    @property
+    def schema_version(self) -> str:
+        return str(self.raw.execute("SELECT value FROM schema_info WHERE key = 'version'").fetchone()[0])
