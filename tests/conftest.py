@@ -9,6 +9,9 @@ from pathlib import Path
 import pytest
 
 from moai_flow.memory import SwarmDB
+from postgres import postgres_server, postgres_url
+
+__all__ = ["postgres_server", "postgres_url"]  # Fixtures, for every test.
 
 # What it compares with is in an extra of its own.
 collect_ignore = ["benchmarks/peers.py"]
@@ -57,10 +60,24 @@ def file_db(path: Path, clock: Clock) -> Iterator[SwarmDB]:
 
 
 @pytest.fixture(params=["file", "memory"])
-def db(request: pytest.FixtureRequest, path: Path, clock: Clock) -> Iterator[SwarmDB]:
-    """An empty store of each kind."""
+def local_db(request: pytest.FixtureRequest, path: Path, clock: Clock) -> Iterator[SwarmDB]:
+    """An empty store of each kind on SQLite, for what is SQLite's own."""
     with SwarmDB(path if request.param == "file" else ":memory:", clock=clock) as store:
         yield store
+
+
+@pytest.fixture(params=["file", "memory", "postgresql"])
+def db(request: pytest.FixtureRequest, path: Path, clock: Clock) -> Iterator[SwarmDB]:
+    """An empty store of each kind."""
+    with SwarmDB(url=url_of(request.param, path, request), clock=clock) as store:
+        yield store
+
+
+def url_of(kind: str, path: Path, request: pytest.FixtureRequest) -> str:
+    """Return the URL of an empty database of a kind; a server is only started for who asks for one."""
+    if kind == "postgresql":
+        return str(request.getfixturevalue("postgres_url"))
+    return f"sqlite:///{path}" if kind == "file" else "sqlite://"
 
 
 @pytest.fixture

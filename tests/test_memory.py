@@ -86,7 +86,7 @@ def test_none_is_stored_and_default_answers_absence_only(db: SwarmDB) -> None:
     assert db.get_memory("s", "semantic", "no such", default="absent") == "absent"
     assert db.list_memories("s")[0].value is None
     with db.transaction() as conn:
-        assert conn.execute("SELECT value FROM session_memory").fetchone()["value"] == "null"
+        assert conn.execute("SELECT CAST(value AS TEXT) FROM session_memory").fetchone()[0] == "null"
 
 
 def test_a_memory_expires_at_its_time_to_live_exactly(db: SwarmDB, clock: Clock) -> None:

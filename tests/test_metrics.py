@@ -48,11 +48,11 @@ def test_metrics_of_a_task_at_the_same_time_take_the_next_free_microsecond(db: S
     assert db.get_task_metrics(task_id="other")[0].timestamp == clock.now
 
 
-def test_times_with_and_without_a_fraction_are_in_order(db: SwarmDB) -> None:
+def test_times_with_and_without_a_fraction_are_in_order(local_db: SwarmDB) -> None:
     for text in ("10:00:00", "10:00:00.5", "10:00:01", "09:59:59.999999"):
-        db.store_swarm_metric("s", "health", 1, timestamp=f"2025-11-30T{text}+00:00")
+        local_db.store_swarm_metric("s", "health", 1, timestamp=f"2025-11-30T{text}+00:00")
 
-    with db.transaction() as conn:
+    with local_db.transaction() as conn:
         stored = [row["timestamp"] for row in conn.execute("SELECT timestamp FROM swarm_metrics ORDER BY timestamp")]
     assert stored == [
         "2025-11-30 09:59:59.999999",
@@ -60,7 +60,7 @@ def test_times_with_and_without_a_fraction_are_in_order(db: SwarmDB) -> None:
         "2025-11-30 10:00:00.500000",
         "2025-11-30 10:00:01",
     ]
-    assert [found.timestamp.second for found in db.get_swarm_metrics()] == [1, 0, 0, 59]
+    assert [found.timestamp.second for found in local_db.get_swarm_metrics()] == [1, 0, 0, 59]
 
 
 def test_agent_and_swarm_metrics_come_back_typed(db: SwarmDB, clock: Clock) -> None:

@@ -454,8 +454,8 @@ def test_a_pool_of_one_is_enough_and_free_for_its_owner(path: Path) -> None:
 
 
 def test_engines_of_other_databases_are_refused() -> None:
-    with pytest.raises(InvalidInputError, match=r"engine.*for SQLite"):
-        SwarmDB(engine=create_engine("postgresql+psycopg://localhost/x"))
+    with pytest.raises(InvalidInputError, match=r"engine.*for SQLite, or for PostgreSQL"):
+        SwarmDB(engine=create_engine("postgresql+pg8000://localhost/x", module=sqlite3))
 
 
 def test_the_same_file_by_two_objects_is_one_database(path: Path) -> None:

@@ -31,9 +31,9 @@ PAGES: list[tuple[frozenset[str], Statement]] = [
 
 @pytest.mark.parametrize(("names", "statement"), PAGES)
 def test_pages_of_events_are_read_in_the_order_of_an_index(
-    db: SwarmDB, names: frozenset[str], statement: Statement
+    local_db: SwarmDB, names: frozenset[str], statement: Statement
 ) -> None:
-    first, *rest = plan(db, statement)
+    first, *rest = plan(local_db, statement)
 
     if "agent_id" in names:
         assert first.startswith("SEARCH agent_events USING INDEX idx_agent_events_agent_time (agent_id=?")
@@ -48,16 +48,16 @@ def test_pages_of_events_are_read_in_the_order_of_an_index(
 
 
 @pytest.mark.parametrize("names", [names for names in EVENT_FILTERS if names & {"since", "until"}])
-def test_a_bound_in_time_is_searched_for(db: SwarmDB, names: frozenset[str]) -> None:
+def test_a_bound_in_time_is_searched_for(local_db: SwarmDB, names: frozenset[str]) -> None:
     for statement in (events._newest(names), events._page(names)):
-        first = plan(db, statement)[0]
+        first = plan(local_db, statement)[0]
         assert ("timestamp>?" in first, "timestamp<?" in first) == ("since" in names, "until" in names)
 
 
 @pytest.mark.parametrize("names", EVENT_FILTERS)
-def test_the_next_page_is_searched_for_where_the_last_one_ended(db: SwarmDB, names: frozenset[str]) -> None:
-    assert "timestamp<?" in plan(db, events._newest(names | {"before_time", "before_id"}))[0]
-    assert "timestamp>?" in plan(db, events._page(names - {"since"} | {"after_time", "after_id"}))[0]
+def test_the_next_page_is_searched_for_where_the_last_one_ended(local_db: SwarmDB, names: frozenset[str]) -> None:
+    assert "timestamp<?" in plan(local_db, events._newest(names | {"before_time", "before_id"}))[0]
+    assert "timestamp>?" in plan(local_db, events._page(names - {"since"} | {"after_time", "after_id"}))[0]
 
 
 @pytest.mark.parametrize(
@@ -87,13 +87,13 @@ def test_the_next_page_is_searched_for_where_the_last_one_ended(db: SwarmDB, nam
         ),
     ],
 )
-def test_one_row_or_key_is_found_by_its_index(db: SwarmDB, statement: Statement, expected: list[str]) -> None:
-    assert plan(db, statement) == expected
+def test_one_row_or_key_is_found_by_its_index(local_db: SwarmDB, statement: Statement, expected: list[str]) -> None:
+    assert plan(local_db, statement) == expected
 
 
 @pytest.mark.parametrize("names", sets_of("memory_type", "prefix"))
-def test_the_keys_of_a_session_are_found_in_an_index_alone(db: SwarmDB, names: frozenset[str]) -> None:
-    steps = plan(db, memory._latest_of_each(names))
+def test_the_keys_of_a_session_are_found_in_an_index_alone(local_db: SwarmDB, names: frozenset[str]) -> None:
+    steps = plan(local_db, memory._latest_of_each(names))
 
     assert [step for step in steps if "SCAN" in step] == []
     assert [step for step in steps if "COVERING INDEX idx_session_memory_entry (session_id=?" in step] != []
@@ -109,8 +109,8 @@ METRIC_FILTERS: list[tuple[Any, frozenset[str]]] = [
 
 
 @pytest.mark.parametrize(("model", "names"), METRIC_FILTERS)
-def test_metrics_are_read_in_the_order_of_an_index(db: SwarmDB, model: Any, names: frozenset[str]) -> None:
-    first, *rest = plan(db, metrics._newest(model, names))
+def test_metrics_are_read_in_the_order_of_an_index(local_db: SwarmDB, model: Any, names: frozenset[str]) -> None:
+    first, *rest = plan(local_db, metrics._newest(model, names))
 
     assert first.startswith("SEARCH" if names else "SCAN")
     assert " USING INDEX " in first

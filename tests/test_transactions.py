@@ -7,6 +7,7 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
+import psycopg
 import pytest
 from sqlalchemy.exc import IntegrityError, InvalidRequestError
 from sqlalchemy.orm.exc import DetachedInstanceError
@@ -30,6 +31,7 @@ from moai_flow.memory import (
 )
 from moai_flow.memory.scope import translating
 
+DRIVER_ERRORS = (sqlite3.Error, psycopg.Error)
 EVENT: EventData = {"event_type": "spawn", "agent_id": "a", "agent_type": "t"}
 
 
@@ -128,15 +130,15 @@ def test_a_caught_failure_of_an_inner_block_undoes_only_that(db: SwarmDB) -> Non
     assert db.get_events() == []
 
 
-def test_rows_are_addressed_by_name_and_only_inside(db: SwarmDB) -> None:
-    db.register_agent("a", "t")
-    with db.transaction() as conn:
+def test_rows_are_addressed_by_name_and_only_inside(local_db: SwarmDB) -> None:
+    local_db.register_agent("a", "t")
+    with local_db.transaction() as conn:
         row = conn.execute("SELECT * FROM agent_registry").fetchone()
         assert isinstance(row, sqlite3.Row)
         assert row["agent_id"] == "a"
-        assert db.get_agent("a") is not None
+        assert local_db.get_agent("a") is not None
 
-    assert db.get_agent("a") is not None
+    assert local_db.get_agent("a") is not None
 
 
 def test_a_session_is_typed_and_joined(db: SwarmDB) -> None:
@@ -232,7 +234,7 @@ def test_a_read_only_session_refuses_every_write(db: SwarmDB) -> None:
         with db.session(readonly=True):
             assert agents(db) == set()
         raw = db._get_connection()
-        with pytest.raises(sqlite3.OperationalError, match="readonly"):
+        with pytest.raises(DRIVER_ERRORS, match=r"readonly|read-only"), db.session(readonly=True):
             raw.execute("DELETE FROM agent_registry")
     with pytest.raises(TransactionError, match="writes nothing"), db.session(readonly=True) as session:
         session.add(RegisteredAgent(agent_id="a", agent_type="t"))
@@ -256,7 +258,7 @@ def test_a_read_only_session_inside_a_transaction_refuses_writes_until_it_ends(d
         db.register_agent("a", "t")
         with db.session(readonly=True):
             assert agents(db) == {"a"}
-            with pytest.raises(sqlite3.OperationalError, match="readonly"):
+            with pytest.raises(DRIVER_ERRORS, match=r"readonly|read-only"), db.session(readonly=True):
                 conn.execute("DELETE FROM agent_registry")
         db.register_agent("b", "t")
 

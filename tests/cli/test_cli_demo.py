@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from cli.running import Command
-from moai_flow.memory import SwarmDB
+from moai_flow.memory import AgentStatus, SwarmDB
 
 DEMO = [sys.executable, "-m", "moai_flow.memory", "demo"]
 FEW = ["--processes", "2", "--threads", "1"]
@@ -171,3 +171,15 @@ def test_a_swarm_whose_processes_die_at_once_ends_with_1(
     assert ran.status == 1
     assert ran.out.count("its process ended with exit code 1") == 2
     assert ran.err == "swarmdb: not every agent completed; the errors above say why\n"
+
+
+def test_the_demo_runs_on_a_server(swarmdb: Command, tmp_path: Path, postgres_url: str) -> None:
+    for number in range(20):
+        (tmp_path / f"{number}.txt").write_text("a line\n")
+    ran = swarmdb("demo", str(tmp_path), "--db", postgres_url)
+
+    assert (ran.status, ran.err) == (0, "")
+    with SwarmDB(url=postgres_url) as db:
+        assert {agent.status for agent in db.list_agents()} == {AgentStatus.COMPLETE}
+        assert len(db.get_task_metrics()) == 20
+        assert {metric.result for metric in db.get_task_metrics()} == {"success"}

@@ -113,10 +113,11 @@ def test_what_can_not_be_done_is_said_in_one_line(command: list[str], said: str,
 @pytest.mark.parametrize(
     ("place", "said"),
     [
-        (":memory:", "expected a file"),
+        (":memory:", "expected a database that is there"),
         ("", "the path of a file"),
         ("x" * 300, "name too long"),
-        ("postgresql://user:secret@host/swarm", "SQLite"),
+        ("postgresql://user:secret@127.0.0.1:1/swarm", "Connection refused"),
+        ("mysql://user:secret@host/swarm", "SQLAlchemy URL"),
         ("/dev/null/swarm.db", "/dev/null"),
         ("line\nbreak.db", "no database at"),
     ],

@@ -5,10 +5,13 @@ import sqlite3
 from contextlib import closing
 from pathlib import Path
 
+import psycopg
 import pytest
 
 from cli.running import Command
 from moai_flow.memory import SwarmDB
+from moai_flow.memory.migrations import VERSION
+from postgres import Server
 
 
 def execute(path: Path, statement: str) -> None:
@@ -122,3 +125,44 @@ def test_check_tells_whether_sqlite_has_a_known_bug(
         monkeypatch.setattr(sqlite3, "sqlite_version_info", version)
 
         assert ("walresetbug" in swarmdb("check", "--db", store).out) == (version < (3, 52))
+
+
+def test_migrate_tells_what_is_due_and_does_it(swarmdb: Command, postgres_url: str) -> None:
+    ran = swarmdb("migrate", "--check", "--db", postgres_url)
+    assert (ran.status, ran.out) == (1, "")
+    assert f"no schema yet, and {VERSION} is due" in ran.err
+
+    assert swarmdb("migrate", "--db", postgres_url).status == 0
+    assert swarmdb("migrate", "--check", "--db", postgres_url).status == 0
+
+
+def test_the_sql_of_migrate_makes_what_opening_makes(swarmdb: Command, postgres_server: Server) -> None:
+    by_hand, by_opening = (postgres_server.create_database() for _ in range(2))
+    ran = swarmdb("migrate", "--sql", "--db", by_hand)
+    with psycopg.connect(by_hand.replace("+psycopg", ""), autocommit=True) as connection:
+        connection.execute(ran.out.encode())
+    assert swarmdb("migrate", "--check", "--db", by_hand).status == 0
+    SwarmDB(url=by_opening).close()
+    seen = []
+    for url in (by_hand, by_opening):
+        with psycopg.connect(url.replace("+psycopg", "")) as connection:
+            columns = (
+                "SELECT table_name, column_name, data_type, is_nullable, column_default, collation_name, is_identity "
+                "FROM information_schema.columns WHERE table_schema = 'public' ORDER BY table_name, ordinal_position"
+            )
+            indexes = "SELECT indexname, indexdef FROM pg_indexes WHERE schemaname = 'public' ORDER BY indexname"
+            marks = "SELECT key, value FROM schema_info ORDER BY key"
+            seen.append([connection.execute(query).fetchall() for query in (columns, indexes, marks)])
+        postgres_server.drop_database(url)
+    assert seen[0] == seen[1]
+
+
+def test_migrate_on_a_file(swarmdb: Command, tmp_path: Path) -> None:
+    path = tmp_path / "new.db"
+    assert swarmdb("migrate", "--check", "--db", str(path)).status == 1
+    assert not path.exists()
+    assert swarmdb("migrate", "--db", str(path)).status == 0
+    assert swarmdb("migrate", "--check", "--db", str(path)).out == f"{path} has schema {VERSION}, as this program has\n"
+    ran = swarmdb("migrate", "--sql", "--db", str(path))
+    assert (ran.status, ran.out) == (1, "")
+    assert "a PostgreSQL URL" in ran.err

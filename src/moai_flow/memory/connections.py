@@ -6,6 +6,7 @@ import threading
 import time
 import weakref
 from contextlib import closing, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -13,32 +14,30 @@ from uuid import uuid4
 from sqlalchemy import Connection, Engine
 from sqlalchemy.exc import SQLAlchemyError
 
+from moai_flow.memory.backends import Backend, backend_of, translated
 from moai_flow.memory.errors import BusyError, ClosedError
-from moai_flow.memory.statements import translated
 
 
 class Held:
     """An open connection: SQLAlchemy's, and the driver's underneath it."""
 
-    __slots__ = ("__weakref__", "connection", "raw")
+    __slots__ = ("__weakref__", "backend", "connection", "given_back", "raw")
 
-    def __init__(self, connection: Connection) -> None:
+    def __init__(self, connection: Connection, backend: Backend) -> None:
         self.connection = connection
+        self.backend = backend
         self.raw: Any = connection.connection.driver_connection
+        self.given_back = 0.0
 
     @property
     def is_open(self) -> bool:
         """Whether it still is: somebody who was handed the driver's connection may have closed it."""
-        try:
-            self.raw.total_changes  # noqa: B018 (the one attribute that says so without a statement)
-        except sqlite3.ProgrammingError:
-            return False
-        return True
+        return self.backend.is_open(self.raw)
 
     @property
     def in_transaction(self) -> bool:
         """Whether a transaction is open on it."""
-        return self.is_open and bool(self.raw.in_transaction)
+        return self.backend.in_transaction(self.raw)
 
     def close(self) -> None:
         """Give it back to the engine's pool."""
@@ -57,15 +56,15 @@ class Pinned:
     is closed rather than reused, since somebody may still hold it.
     """
 
-    def __init__(self, held: Held) -> None:
+    def __init__(self, held: Held, connections: "Connections") -> None:
         self.held = held
+        self._connections = connections
         self._process = os.getpid()
-        held.raw.isolation_level = ""
-        held.raw.row_factory = sqlite3.Row
+        held.backend.lend(held.raw)
 
     def __del__(self) -> None:
         if self._process == os.getpid():
-            self.held.discard()
+            self._connections.discard(self.held)
 
 
 class _Local(threading.local):
@@ -76,10 +75,29 @@ class _Local(threading.local):
         self.pinned: Pinned | None = None
 
 
+@dataclass(frozen=True)
+class Limit:
+    """How much of a server one `Connections` may use.
+
+    Attributes:
+        connections: How many connections may be open at once.
+        patience: How long to wait for one of them, in seconds.
+    """
+
+    connections: int
+    patience: float
+
+
+#: How long a connection to a server is taken to be alive without asking, in seconds.
+_TRUSTED = 5.0
+
+
 class Connections:
     """The open connections of one engine."""
 
-    def __init__(self, engine: Engine, where: str, *, kept: int, anchored: bool = False) -> None:
+    def __init__(
+        self, engine: Engine, where: str, *, kept: int, anchored: bool = False, limit: "Limit | None" = None
+    ) -> None:
         """Use *engine*.
 
         Args:
@@ -87,6 +105,7 @@ class Connections:
             where: What errors call the database.
             kept: How many idle connections stay open, though more may be in use at once.
             anchored: Whether one more stays open throughout, since the database is in memory and would vanish.
+            limit: How many may be open at once, for a database on a server; None for any number.
 
         Raises:
             StorageError: If the database can't be opened.
@@ -95,9 +114,12 @@ class Connections:
         self.local = _Local()
         self.closed = False
         self._engine = engine
+        self._backend = backend_of(engine.dialect)
         # Set on the engine, autocommit costs nothing a call; set on each connection, it would.
         self._source = engine.execution_options(isolation_level="AUTOCOMMIT")
         self._kept = kept
+        self._limit = limit
+        self._permits = None if limit is None else threading.BoundedSemaphore(limit.connections)
         self._idle: list[Held] = []
         self._open: weakref.WeakSet[Held] = weakref.WeakSet()
         self._anchor = self._connect() if anchored else None
@@ -112,24 +134,43 @@ class Connections:
         """Return a connection that nobody else uses until it is given back.
 
         Raises:
+            BusyError: If others use as many as the limit allows, for longer than it says.
             ClosedError: After `close`.
             StorageError: If the database can't be opened.
         """
         if self.closed:
             self.check_open()
+        if self._permits is not None:
+            return self._take_permitted(self._permits)
         try:
             return self._idle.pop()
         except IndexError:
             return self._connect()
 
     def give(self, held: Held) -> None:
-        """Take back a connection that is open, with no transaction open on it."""
+        """Take back a connection with no transaction open on it. One that was lost takes the idle ones with it."""
+        if self._limit is not None:
+            if not held.is_open:
+                self.discard(held)
+                self._drain()  # Who made this one close has made them close as well.
+                return
+            held.given_back = time.monotonic()
         if len(self._idle) >= self._kept:
             held.close()
-            return
-        self._idle.append(held)
-        if self.closed:
-            self._drain()  # It was closed meanwhile, perhaps by a thread that did not see this connection.
+        else:
+            self._idle.append(held)
+            if self.closed:
+                self._drain()  # It was closed meanwhile, perhaps by a thread that did not see this connection.
+        if self._permits is not None:
+            self._permits.release()
+
+    def discard(self, held: Held) -> None:
+        """Close a connection that was taken for good, whatever state it is in."""
+        try:
+            held.discard()
+        finally:
+            if self._permits is not None:
+                self._permits.release()
 
     def pinned(self) -> Any:
         """Return this thread's own driver connection, the same at each call.
@@ -140,7 +181,7 @@ class Connections:
         """
         self.check_open()
         if self.local.pinned is None or not self.local.pinned.held.is_open:
-            self.local.pinned = Pinned(self.take())
+            self.local.pinned = Pinned(self.take(), self)
         return self.local.pinned.held.raw
 
     def close(self) -> None:
@@ -161,12 +202,40 @@ class Connections:
             ctypes.pythonapi.Py_IncRef(ctypes.py_object(held.raw))
         self._open = weakref.WeakSet()
         self._idle = []
+        if self._limit is not None:
+            self._permits = threading.BoundedSemaphore(self._limit.connections)
         self.local = _Local()
         self._engine.dispose(close=False)
 
+    def _take_permitted(self, permits: threading.Semaphore) -> Held:
+        assert self._limit is not None
+        if not permits.acquire(timeout=self._limit.patience):
+            raise BusyError(
+                f"{self.where}: others used all {self._limit.connections} connections of the pool for longer than the "
+                "busy timeout"
+            )
+        try:
+            while self._idle:
+                with suppress(IndexError):
+                    held = self._idle.pop()
+                    if time.monotonic() - held.given_back < _TRUSTED or self._answers(held):
+                        return held
+                    held.discard()
+            return self._connect()
+        except BaseException:
+            permits.release()
+            raise
+
+    def _answers(self, held: Held) -> bool:
+        try:
+            held.raw.execute("SELECT 1")
+        except self._backend.error:
+            return False
+        return True
+
     def _connect(self) -> Held:
         try:
-            held = Held(self._source.connect())
+            held = Held(self._source.connect(), self._backend)
         except SQLAlchemyError as error:
             raise translated(error, self.where) from error
         self._open.add(held)

@@ -11,8 +11,8 @@ from sqlalchemy import Engine
 from sqlalchemy.engine import URL
 
 from moai_flow.memory import inputs
-from moai_flow.memory.connections import Connections
-from moai_flow.memory.engine import PAGE_CACHE_MIB, Durability, create, locate, locate_engine
+from moai_flow.memory.connections import Connections, Limit
+from moai_flow.memory.engine import PAGE_CACHE_MIB, Durability, Settings, create, locate, locate_engine
 from moai_flow.memory.errors import InvalidInputError
 from moai_flow.memory.migrations import bring_up_to_date
 from moai_flow.memory.operations.agents import AgentOperations
@@ -54,6 +54,8 @@ class SwarmDB(EventOperations, AgentOperations, MemoryOperations, MetricOperatio
         durability: Durability = "normal",
         busy_timeout: float = 30.0,
         page_cache_mib: int = PAGE_CACHE_MIB,
+        statement_timeout: float | None = None,
+        pool_size: int = 10,
         clock: Callable[[], datetime] = utc_now,
     ) -> None:
         """Open the database, and make it if it does not exist.
@@ -64,21 +66,26 @@ class SwarmDB(EventOperations, AgentOperations, MemoryOperations, MetricOperatio
         Args:
             db_path: Its file, or ``":memory:"`` for one that lives as long as this object. Default: the environment's
                 ``SWARMDB_URL`` or ``MOAI_DB_PATH``, else ``.moai/memory/swarm.db`` under the current directory.
-            url: An SQLAlchemy URL instead, such as ``sqlite:///swarm.db``.
+            url: An SQLAlchemy URL instead, such as ``sqlite:///swarm.db`` or ``postgresql://user@host/database``.
             engine: An SQLAlchemy engine instead. It keeps its own settings, gets no listeners, and is not disposed.
             durability: What an acknowledged write survives: ``"normal"`` a crash of the program, ``"full"`` a power
                 loss as well, for the price of a disk flush at each commit. With ``"normal"``, a power loss may take
                 the last commits, and leaves the file sound.
-            busy_timeout: How long a call waits for another writer, in seconds, before it raises `BusyError`.
+            busy_timeout: How long a call waits for another writer, in seconds, before it raises `BusyError`. On
+                PostgreSQL, how long it waits for a lock, and for a connection of the pool.
             page_cache_mib: How much of the file each open connection may keep in memory, in MiB. More makes bulk work
                 on large files faster; as many connections are open as there are threads inside calls at once.
+                It is SQLite's.
+            statement_timeout: How long the server may work on one statement, in seconds. Default: as the server says.
+                It is PostgreSQL's.
+            pool_size: How many connections to the server may be open at once. It is PostgreSQL's.
             clock: Returns the present moment, aware of its zone. For tests.
 
         Raises:
             InvalidInputError: If a parameter can't be accepted, or more than one says where the database is.
             SchemaError: If the database is of a newer version, or has tables of these names that are not SwarmDB's.
             BusyError: If another program keeps the database locked for longer than *busy_timeout*.
-            StorageError: If the file can't be opened, is no database, or can't be brought up to date.
+            StorageError: If the database can't be reached or opened, is none, or can't be brought up to date.
         """
         places = {"db_path": db_path, "url": url, "engine": engine}
         given = [name for name, place in places.items() if place is not None]
@@ -92,15 +99,20 @@ class SwarmDB(EventOperations, AgentOperations, MemoryOperations, MetricOperatio
         page_cache_mib = inputs.whole(page_cache_mib, field="page_cache_mib", least=1)
         if page_cache_mib > _LARGEST_CACHE:
             raise InvalidInputError("page_cache_mib", page_cache_mib, f"MiB from 1 to {_LARGEST_CACHE}")
+        if statement_timeout is not None:
+            statement_timeout = inputs.number(statement_timeout, field="statement_timeout")
+            if not 0.001 <= statement_timeout <= _LONGEST_TIMEOUT:
+                raise InvalidInputError("statement_timeout", statement_timeout, f"seconds up to {_LONGEST_TIMEOUT}")
+        pool_size = inputs.whole(pool_size, field="pool_size", least=1)
         self._clock = clock
         self._location = locate(db_path, url) if engine is None else locate_engine(engine)
         where = str(self._location)
-        in_memory = self._location.path is None
         if engine is None:
-            own = create(
-                self._location, durability=durability, busy_timeout=busy_timeout, page_cache_mib=page_cache_mib
-            )
-            self._connections = Connections(own, where, kept=_KEPT, anchored=in_memory)
+            settings = Settings(durability, busy_timeout, page_cache_mib, statement_timeout)
+            own = create(self._location, settings)
+            limit = Limit(pool_size, busy_timeout) if self._location.is_on_server else None
+            anchored = self._location.is_in_memory
+            self._connections = Connections(own, where, kept=_KEPT, anchored=anchored, limit=limit)
         else:
             self._connections = Connections(engine, where, kept=_KEPT_OF_CALLER)
         # Runs at close(), when nobody uses the object any more, or when the interpreter ends, whichever comes first.
@@ -111,7 +123,7 @@ class SwarmDB(EventOperations, AgentOperations, MemoryOperations, MetricOperatio
             with translating(where):
                 bring_up_to_date(held, self._location, wal_wait=busy_timeout if engine is None else None)
         except BaseException:
-            held.discard()
+            self._connections.discard(held)
             self.close()
             raise
         self._connections.give(held)

@@ -24,6 +24,7 @@ _SYNCHRONOUS: Mapping[str, str] = {"normal": "PRAGMA synchronous = NORMAL", "ful
 #: Beyond this, bulk work on files of a million rows was seen to gain nothing more.
 PAGE_CACHE_MIB = 16
 
+_POSTGRESQL = frozenset({"postgresql", "postgresql+psycopg"})
 _MEMORY_NAMES = frozenset({"", ":memory:"})
 
 
@@ -33,13 +34,25 @@ class Location:
 
     Attributes:
         url: The SQLAlchemy URL that reaches it.
-        path: Its file, absolute; None if it is in memory.
+        path: Its file, absolute; None if it has none.
     """
 
     url: URL
-    path: Path | None
+    path: Path | None = None
+
+    @property
+    def is_on_server(self) -> bool:
+        """Whether it is on a PostgreSQL server."""
+        return self.url.get_backend_name() == "postgresql"
+
+    @property
+    def is_in_memory(self) -> bool:
+        """Whether it is in memory, and lives as long as a connection to it."""
+        return self.path is None and not self.is_on_server
 
     def __str__(self) -> str:
+        if self.is_on_server:
+            return self.url.render_as_string(hide_password=True)
         return ":memory:" if self.path is None else str(self.path)
 
 
@@ -47,7 +60,7 @@ def locate(db_path: str | os.PathLike[str] | None, url: str | URL | None) -> Loc
     """Return where the database is: as the caller says, or else the environment, or else `DEFAULT_PATH`.
 
     Raises:
-        InvalidInputError: If the path or the URL can't name an SQLite database.
+        InvalidInputError: If the path or the URL can't name an SQLite or a PostgreSQL database.
     """
     if db_path is None and url is None:
         if found := os.environ.get("SWARMDB_URL"):
@@ -94,11 +107,13 @@ def _from_path(db_path: str | os.PathLike[str], field: str) -> Location:
 
 
 def _from_url(url: str | URL, field: str) -> Location:
-    accepted = "an SQLAlchemy URL for SQLite, such as 'sqlite:///swarm.db'"
+    accepted = "an SQLAlchemy URL such as 'sqlite:///swarm.db' or 'postgresql://user@host/database'"
     try:
         parsed = make_url(url)
-    except ArgumentError:
-        raise InvalidInputError(field, url, accepted) from None
+    except (ArgumentError, ValueError):
+        raise InvalidInputError(field, "a text that is not shown, since it may hold a password", accepted) from None
+    if parsed.drivername in _POSTGRESQL:
+        return Location(parsed.set(drivername="postgresql+psycopg"))
     if parsed.drivername not in ("sqlite", "sqlite+pysqlite"):
         raise InvalidInputError(field, parsed.render_as_string(), accepted)
     database = parsed.database or ""
@@ -125,31 +140,53 @@ def locate_engine(engine: Engine) -> Location:
     """Return where a caller's own *engine* leads.
 
     Raises:
-        InvalidInputError: If it is not for SQLite, or hands the same connection to several users at once.
+        InvalidInputError: If it is for another database or driver, or hands the same connection to several users.
     """
-    if not isinstance(engine, Engine) or engine.dialect.name != "sqlite":
-        raise InvalidInputError("engine", engine, "an SQLAlchemy engine for SQLite")
-    location = replace(locate(None, engine.url), url=engine.url)
+    drivers = ("sqlite", "pysqlite"), ("postgresql", "psycopg")
+    if not isinstance(engine, Engine) or (engine.dialect.name, engine.dialect.driver) not in drivers:
+        raise InvalidInputError("engine", engine, "an SQLAlchemy engine for SQLite, or for PostgreSQL with psycopg 3")
+    shares = isinstance(engine.pool, StaticPool | SingletonThreadPool)
+    location = Location(engine.url) if engine.dialect.name == "postgresql" else locate(None, engine.url)
     # In memory, each connection of such a pool would be another database, or all users would share one connection.
-    if location.path is None or isinstance(engine.pool, StaticPool | SingletonThreadPool):
+    if location.is_in_memory or shares:
         raise InvalidInputError(
-            "engine", engine, "an engine for a file, with a connection for each user; db_path=':memory:' for memory"
+            "engine",
+            engine,
+            "an engine for a file or a server, with a connection for each user; db_path=':memory:' for memory",
         )
-    return location
+    return replace(location, url=engine.url)
 
 
-def create(
-    location: Location,
-    *,
-    durability: Durability = "normal",
-    busy_timeout: float = 30.0,
-    page_cache_mib: int = PAGE_CACHE_MIB,
-) -> Engine:
+@dataclass(frozen=True)
+class Settings:
+    """How connections are opened.
+
+    Attributes:
+        durability: What a commit survives.
+        busy_timeout: How long a statement waits for a lock, in seconds.
+        page_cache_mib: SQLite's page cache, in MiB for each connection.
+        statement_timeout: How long a statement may run on PostgreSQL, in seconds; None for any time.
+    """
+
+    durability: Durability = "normal"
+    busy_timeout: float = 30.0
+    page_cache_mib: int = PAGE_CACHE_MIB
+    statement_timeout: float | None = None
+
+
+_USUAL = Settings()
+
+
+def create(location: Location, settings: Settings = _USUAL) -> Engine:
     """Return an engine for *location*, whose folder is made if it is missing.
 
     Raises:
-        StorageError: If the folder can't be made.
+        StorageError: If the folder can't be made, or PostgreSQL's driver is not installed.
     """
+    return _for_server(location, settings) if location.is_on_server else _for_file(location, settings)
+
+
+def _for_file(location: Location, settings: Settings) -> Engine:
     if location.path is not None and "uri" not in location.url.query:
         try:
             location.path.parent.mkdir(parents=True, exist_ok=True)
@@ -157,15 +194,46 @@ def create(
             raise StorageError(f"{location}: its folder can't be made: {error}") from error
     # Connections are kept by `connections`; they move between threads, one at a time.
     engine = create_engine(
-        location.url, poolclass=NullPool, connect_args={"timeout": busy_timeout, "check_same_thread": False}
+        location.url, poolclass=NullPool, connect_args={"timeout": settings.busy_timeout, "check_same_thread": False}
     )
-    synchronous = _SYNCHRONOUS[durability]
-    cache_size = f"PRAGMA cache_size = {page_cache_mib * -1024:d}"  # Negative means KiB, positive would be pages.
+    synchronous = _SYNCHRONOUS[settings.durability]
+    # Negative means KiB, positive would be pages.
+    cache_size = f"PRAGMA cache_size = {settings.page_cache_mib * -1024:d}"
 
     @event.listens_for(engine, "connect")
     def set_pragmas(raw: Any, record: object) -> None:
         raw.execute("PRAGMA foreign_keys = ON")
         raw.execute(synchronous)
         raw.execute(cache_size)
+
+    return engine
+
+
+def _for_server(location: Location, settings: Settings) -> Engine:
+    usual = {"connect_timeout": "10", "application_name": "swarmdb"}
+    url = location.url.update_query_dict({name: usual[name] for name in usual.keys() - location.url.query.keys()})
+    try:
+        engine = create_engine(url, poolclass=NullPool)
+    except ModuleNotFoundError as error:
+        raise StorageError(
+            f"{location}: PostgreSQL needs psycopg 3; install 'moai-flow-memory[postgres]' ({error})"
+        ) from error
+    parameters = {
+        "TimeZone": "UTC",  # Only in it can the driver read the first and the last hours that a datetime holds.
+        "lock_timeout": str(round(settings.busy_timeout * 1000)),
+    }
+    if settings.statement_timeout is not None:
+        parameters["statement_timeout"] = str(round(settings.statement_timeout * 1000))
+    if settings.durability == "full":  # Else it is the server's choice, which may be as much.
+        parameters["synchronous_commit"] = "on"
+    names, values = list(parameters), list(parameters.values())
+
+    @event.listens_for(engine, "connect")
+    def set_parameters(raw: Any, record: object) -> None:
+        raw.execute(
+            "SELECT set_config(name, value, false) FROM unnest(%s::text[], %s::text[]) AS s(name, value)",
+            (names, values),
+        )
+        raw.commit()
 
     return engine

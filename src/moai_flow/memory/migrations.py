@@ -4,7 +4,7 @@ import re
 import sqlite3
 import time
 from bisect import bisect_left
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -12,34 +12,43 @@ from pathlib import Path
 from typing import Any
 
 from sqlalchemy import (
+    ClauseElement,
     Column,
     ColumnElement,
     Connection,
+    MetaData,
+    Table,
     Text,
     and_,
     bindparam,
     func,
+    insert,
+    inspect,
     not_,
     null,
     select,
     type_coerce,
     update,
 )
+from sqlalchemy.engine.interfaces import ReflectedColumn
+from sqlalchemy.schema import CreateIndex, CreateTable
 
-from moai_flow.memory.connections import Held, copy_to
-from moai_flow.memory.engine import Location
-from moai_flow.memory.errors import BusyError, ConflictError, SchemaError, StorageError
+from moai_flow.memory.backends import SQLite, translated
+from moai_flow.memory.connections import Connections, Held, copy_to
+from moai_flow.memory.engine import Location, create
+from moai_flow.memory.errors import BusyError, ConflictError, InvalidInputError, SchemaError, StorageError
 from moai_flow.memory.models import (
     TABLES,
     AgentEvent,
     Record,
     RegisteredAgent,
+    SchemaInfo,
     SessionMemory,
     columns,
     rowid_column,
     table_of,
 )
-from moai_flow.memory.statements import Program, Statement, text_as_it_is
+from moai_flow.memory.statements import Program, Statement
 from moai_flow.memory.types import ISOText, UTCDateTime, decode_time, encode_iso, utc_now
 
 #: The version of the schema that this package reads and writes.
@@ -73,6 +82,9 @@ def bring_up_to_date(held: Held, location: Location, *, wal_wait: float | None) 
         BusyError: If another program keeps it locked for longer than *wal_wait*.
         StorageError: If the copy that is made of an older file can't be written.
     """
+    if location.is_on_server:
+        _bring_server_up_to_date(held, location)
+        return
     raw = held.raw
     version = read_version(raw)
     _check_known(version, location)
@@ -103,6 +115,122 @@ def unnormalised(column: Column[Any]) -> ColumnElement[bool]:
     stored = type_coerce(column, Text)
     patterns = [_GLOB_ISO] if isinstance(column.type, ISOText) else [_GLOB_SECONDS, _GLOB_FRACTION]
     return and_(func.typeof(column) == "text", *(not_(stored.bool_op("GLOB")(pattern)) for pattern in patterns))
+
+
+#: What a new database notes about itself. It may be cleaned up unasked: its owner made it with this program.
+_FIRST_MARKS = (("version", VERSION), ("retention", "default"))
+
+
+# On a server
+
+#: Who migrates a database holds this lock, which stands for nothing but that. The number is SwarmDB's own.
+_ADVISORY_LOCK = 0x53_77_61_72_6D_44_42
+
+
+def server_tables() -> MetaData:
+    """Return the tables as PostgreSQL takes them, where a key can't be nullable."""
+    tables = MetaData()
+    for model in TABLES:
+        for column in table_of(model).to_metadata(tables).primary_key:
+            column.nullable = False
+    return tables
+
+
+def server_ddl(location: Location) -> list[str]:
+    """Return the statements that make an empty database on a server one of this version.
+
+    Raises:
+        InvalidInputError: If *location* is not on a server.
+    """
+    if not location.is_on_server:
+        raise InvalidInputError("db", str(location), "a PostgreSQL URL: on SQLite, opening a file makes its tables")
+    tables, dialect = server_tables(), create(location).dialect
+    ddl: list[ClauseElement] = []
+    for table in tables.sorted_tables:
+        ddl.append(CreateTable(table))
+        ddl += [CreateIndex(index) for index in sorted(table.indexes, key=lambda index: str(index.name))]
+    info = tables.tables[str(SchemaInfo.__tablename__)]
+    rows = [{"key": key, "value": value, "updated_at": func.now()} for key, value in _FIRST_MARKS]
+    statements = [*ddl, insert(info).values(rows)]
+    return [
+        str(statement.compile(dialect=dialect, compile_kwargs={"literal_binds": True})).strip()
+        for statement in statements
+    ]
+
+
+def found_version(location: Location) -> str | None:
+    """Return the version that a database says it has, without changing it; None if it says none.
+
+    Raises:
+        StorageError: If it can't be read.
+    """
+    where = str(location)
+    if location.path is not None and not location.path.exists():
+        return None
+    connections = Connections(create(location), where, kept=0)
+    held = connections.take()
+    try:
+        return _version_on_server(held.raw) if location.is_on_server else read_version(held.raw)
+    except held.backend.error as error:
+        raise translated(error, where) from error
+    finally:
+        connections.discard(held)
+
+
+def _bring_server_up_to_date(held: Held, location: Location) -> None:
+    if _version_on_server(held.raw) == VERSION:
+        return
+    raw, backend = held.raw, held.backend
+    with held.connection.begin():
+        backend.begin(raw, readonly=False, alone=False)
+        raw.execute("SELECT pg_advisory_xact_lock(%s)", (_ADVISORY_LOCK,))
+        version = _version_on_server(held.raw)
+        if version != VERSION:  # Nobody did it while this process waited for the lock.
+            _check_known(version, location)
+            _migrate_server(held.connection, location)
+    backend.take_back(raw)
+
+
+def _version_on_server(raw: Any) -> str | None:
+    # Asking a table that is missing would be an error, which ends a transaction there.
+    (is_there,) = raw.execute("SELECT to_regclass('schema_info') IS NOT NULL").fetchone()
+    row = raw.execute(_READ_VERSION).fetchone() if is_there else None
+    return None if row is None else str(row[0])
+
+
+def _migrate_server(connection: Connection, location: Location) -> None:
+    tables, found = server_tables(), inspect(connection)
+    adopted = [table for table in tables.sorted_tables if found.has_table(table.name)]
+    for table in adopted:
+        _check_server_columns(table, found.get_columns(table.name), location)
+    tables.create_all(connection, checkfirst=True)
+    for table in adopted:
+        for index in table.indexes:
+            index.create(connection, checkfirst=True)
+    info, now = tables.tables[str(SchemaInfo.__tablename__)], utc_now()
+    for key, value, keep in (("version", VERSION, False), ("retention", "off" if adopted else "default", True)):
+        old = connection.scalar(select(info.c.value).where(info.c.key == key))
+        row = {"key": key, "value": value, "updated_at": now}
+        if old is None:
+            connection.execute(insert(info), row)
+        elif not keep:
+            connection.execute(update(info).where(info.c.key == key), row)
+
+
+def _check_server_columns(table: Table, found: Sequence[ReflectedColumn], location: Location) -> None:
+    dialect = location.url.get_dialect()()
+    present = {column["name"]: column["type"].compile(dialect) for column in found}
+    wanted = {column.name: column.type.compile(dialect) for column in table.columns}
+    wrong = [
+        f"{name} ({present.get(name, 'missing')}, not {kind})"
+        for name, kind in ((name, kind.removesuffix(' COLLATE "C"')) for name, kind in wanted.items())
+        if present.get(name, "").removesuffix(' COLLATE "C"') != kind
+    ]
+    if wrong:
+        raise SchemaError(
+            f"{location}: its table {table.name} has other columns than SwarmDB's: {', '.join(wrong)}; "
+            "keep SwarmDB in a database of its own"
+        )
 
 
 def _check_known(version: str | None, location: Location) -> None:
@@ -149,11 +277,8 @@ def _migrate(held: Held, location: Location, version: str | None) -> None:
         for index in table_of(model).indexes:
             index.create(held.connection, checkfirst=True)
     if adopted:
-        raw.text_factory = text_as_it_is  # What is not UTF-8 is no time, and stays.
-        try:
+        with SQLite.reading_leniently(raw):  # What is not UTF-8 is no time, and stays.
             _normalise_times(held, str(location))
-        finally:
-            raw.text_factory = str
     now = encode_iso(utc_now())
     upsert = "INSERT INTO schema_info (key, value, updated_at) VALUES (?, ?, ?) ON CONFLICT (key) DO "
     raw.execute(

@@ -16,7 +16,6 @@ from sqlalchemy import (
     Index,
     Integer,
     Table,
-    Text,
     UniqueConstraint,
     func,
     literal_column,
@@ -41,8 +40,10 @@ from moai_flow.memory.types import (
     ISOText,
     JSONObjectText,
     JSONText,
+    Plain,
     Real,
     UTCDateTime,
+    Whole,
     utc_now,
 )
 
@@ -139,13 +140,14 @@ class AgentEvent(Record, table=True):
         default=None,
         primary_key=True,
         nullable=True,
+        sa_type=Whole,
         sa_column_args=[Identity()],
         description="Its number in this database, given on insert.",
     )
-    event_id: str = Field(default_factory=new_id, sa_type=Text, description="Its own id: a UUID unless given.")
+    event_id: str = Field(default_factory=new_id, sa_type=Plain, description="Its own id: a UUID unless given.")
     event_type: EventType = Field(sa_type=EnumText(EventType), description="What happened.")
-    agent_id: str = Field(sa_type=Text, description="The agent that it happened to.")
-    agent_type: str = Field(sa_type=Text, description="What kind of agent that is.")
+    agent_id: str = Field(sa_type=Plain, description="The agent that it happened to.")
+    agent_type: str = Field(sa_type=Plain, description="What kind of agent that is.")
     timestamp: datetime = Field(default_factory=utc_now, sa_type=ISOText, description="When it happened, in UTC.")
     # Declarative classes reserve "metadata": only the column and the alias keep the name.
     metadata_: dict[str, Any] = Field(
@@ -182,11 +184,17 @@ class RegisteredAgent(Record, table=True):
         Index("idx_agent_registry_status", "status"),
         Index("idx_agent_registry_agent_type", "agent_type"),
         # Only of those, which are few however many have ended.
-        Index("idx_agent_registry_active", "spawn_time", "agent_id", sqlite_where=HAS_NOT_ENDED),
+        Index(
+            "idx_agent_registry_active",
+            "spawn_time",
+            "agent_id",
+            sqlite_where=HAS_NOT_ENDED,
+            postgresql_where=HAS_NOT_ENDED,
+        ),
     )
 
-    agent_id: str = Field(primary_key=True, nullable=True, sa_type=Text, description="The agent's id.")
-    agent_type: str = Field(sa_type=Text, description="What kind of agent it is.")
+    agent_id: str = Field(primary_key=True, nullable=True, sa_type=Plain, description="The agent's id.")
+    agent_type: str = Field(sa_type=Plain, description="What kind of agent it is.")
     status: AgentStatus = Field(
         default=AgentStatus.SPAWNED, sa_type=EnumText(AgentStatus), description="What it is doing."
     )
@@ -201,7 +209,7 @@ class RegisteredAgent(Record, table=True):
         description="When it ended, in seconds since the epoch; None while it hasn't.",
     )
     duration_ms: int | None = Field(
-        default=None, description="How long it took, in milliseconds, where its writer said so."
+        default=None, sa_type=Whole, description="How long it took, in milliseconds, where its writer said so."
     )
     metadata_: dict[str, Any] = Field(
         default_factory=dict,
@@ -244,16 +252,17 @@ class SessionMemory(Record, table=True):
         default=None,
         primary_key=True,
         nullable=True,
+        sa_type=Whole,
         sa_column_args=[Identity()],
         description="Its place in the sequence of writes.",
     )
-    session_id: str = Field(sa_type=Text, description="The session that it belongs to.")
+    session_id: str = Field(sa_type=Plain, description="The session that it belongs to.")
     memory_type: MemoryType = Field(sa_type=EnumText(MemoryType), description="Which kind of memory it is.")
-    key: str = Field(sa_type=Text, description="Its name within session and type.")
+    key: str = Field(sa_type=Plain, description="Its name within session and type.")
     value: Any = Field(default=None, sa_column=Column("value", JSONText), description="A JSON value.")
     timestamp: datetime = Field(default_factory=utc_now, sa_type=ISOText, description="When it was stored, in UTC.")
     ttl_hours: int | None = Field(
-        default=None, description="How long it lives, in hours from its timestamp; None for ever."
+        default=None, sa_type=Whole, description="How long it lives, in hours from its timestamp; None for ever."
     )
     created_at: datetime = Field(
         default_factory=utc_now,
@@ -289,9 +298,9 @@ class TaskMetric(Record, table=True):
         Index("idx_task_metrics_result", "result", "timestamp"),
     )
 
-    task_id: str = Field(primary_key=True, sa_type=Text, description="The task, as its caller names it.")
-    agent_id: str = Field(sa_type=Text, description="The agent that did it.")
-    duration_ms: int | None = Field(default=None, description="How long it took, in milliseconds.")
+    task_id: str = Field(primary_key=True, sa_type=Plain, description="The task, as its caller names it.")
+    agent_id: str = Field(sa_type=Plain, description="The agent that did it.")
+    duration_ms: int | None = Field(default=None, sa_type=Whole, description="How long it took, in milliseconds.")
     result: TaskResult = Field(sa_type=EnumText(TaskResult), description="How it ended.")
     tokens_used: int = Field(
         default=0,
@@ -333,10 +342,11 @@ class AgentMetric(Record, table=True):
         default=None,
         primary_key=True,
         nullable=True,
+        sa_type=Whole,
         sa_column_args=[Identity()],
         description="Its number in this database, given on insert.",
     )
-    agent_id: str = Field(sa_type=Text, description="The agent that it measures.")
+    agent_id: str = Field(sa_type=Plain, description="The agent that it measures.")
     metric_type: AgentMetricType = Field(sa_type=EnumText(AgentMetricType), description="What it measures.")
     value: float = Field(sa_type=Real, description="The figure.")
     metadata_: dict[str, Any] = Field(
@@ -370,10 +380,11 @@ class SwarmMetric(Record, table=True):
         default=None,
         primary_key=True,
         nullable=True,
+        sa_type=Whole,
         sa_column_args=[Identity()],
         description="Its number in this database, given on insert.",
     )
-    swarm_id: str = Field(sa_type=Text, description="The swarm that it measures.")
+    swarm_id: str = Field(sa_type=Plain, description="The swarm that it measures.")
     metric_type: SwarmMetricType = Field(sa_type=EnumText(SwarmMetricType), description="What it measures.")
     value: float = Field(sa_type=Real, description="The figure.")
     metadata_: dict[str, Any] = Field(
@@ -396,8 +407,8 @@ class SchemaInfo(Record, table=True):
 
     __tablename__: ClassVar[Any] = "schema_info"
 
-    key: str = Field(primary_key=True, nullable=True, sa_type=Text, description="What the fact is about.")
-    value: str = Field(sa_type=Text, description="The fact.")
+    key: str = Field(primary_key=True, nullable=True, sa_type=Plain, description="What the fact is about.")
+    value: str = Field(sa_type=Plain, description="The fact.")
     updated_at: datetime = Field(
         default_factory=utc_now,
         sa_type=ISOText,

@@ -2,22 +2,22 @@
 
 import asyncio
 import os
-import sqlite3
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import datetime
 from typing import Any, Protocol, TypeVar, cast
 
-from sqlalchemy import FromClause, RootTransaction, UpdateBase, inspect
-from sqlalchemy.exc import InvalidRequestError, OperationalError, PendingRollbackError, SQLAlchemyError
+from sqlalchemy import FromClause, RootTransaction, inspect
+from sqlalchemy.exc import DBAPIError, InvalidRequestError, PendingRollbackError, SQLAlchemyError
 from sqlmodel import Session
 
+from moai_flow.memory.backends import Backend, is_of_database, translated
 from moai_flow.memory.connections import Connections, Held
 from moai_flow.memory.engine import Location
-from moai_flow.memory.errors import BusyError, SwarmDBError, TransactionError
+from moai_flow.memory.errors import BusyError, StorageError, SwarmDBError, TransactionError
 from moai_flow.memory.models import Record, table_of
-from moai_flow.memory.statements import Program, Programs, Query, Row, RowDecoder, Statement, translated
+from moai_flow.memory.statements import Bound, Insert, Program, Programs, Query, Row, RowDecoder, Statement
 
 R = TypeVar("R", bound=Record)
 
@@ -80,8 +80,9 @@ class Block:
     since.
     """
 
-    def __init__(self, held: Held, task: object, outer: "Block | None", *, readonly: bool) -> None:
+    def __init__(self, held: Held, task: object, outer: "Block | None", *, readonly: bool, alone: bool = True) -> None:
         self.held = held
+        self._alone = alone
         self.task = task
         self.outer = outer
         self.readonly = readonly
@@ -102,15 +103,14 @@ class Block:
 
     def begin(self) -> None:
         """Open the transaction or savepoint, and take the write lock unless the block only reads."""
-        raw = self.held.raw
+        raw, backend = self.held.raw, self.held.backend
         if self.outer is None:
             self.held.connection.begin()  # It sends nothing; it lets an ORM session join.
-            raw.execute("BEGIN" if self.readonly else "BEGIN IMMEDIATE")
+            backend.begin(raw, readonly=self.readonly, alone=self._alone)
         raw.execute("SAVEPOINT swarmdb")  # Nested ones may share a name: the innermost is meant.
         self._has_savepoint = True
         if self.readonly:
-            raw.execute("SELECT 1 FROM sqlite_master").fetchone()  # The first read is what the snapshot shows.
-            raw.execute("PRAGMA query_only = ON")
+            backend.begin_reading(raw)
 
     def end(self) -> None:
         """Keep what the block did; the outermost commits it.
@@ -121,8 +121,10 @@ class Block:
         self.check_alive()
         self._restore_writes()
         try:
-            self.held.raw.execute("RELEASE swarmdb")
-        except sqlite3.OperationalError as error:  # There is no such savepoint.
+            self.held.raw.execute("RELEASE SAVEPOINT swarmdb")
+        except self.held.backend.error as error:
+            if not self.held.backend.is_missing_savepoint(error):
+                raise
             raise TransactionError(_ENDED_INSIDE) from error
         if self.outer is not None:
             return
@@ -135,12 +137,12 @@ class Block:
         """Undo what the block did. What can't be undone here is when the connection is closed."""
         if self.is_over:
             return
-        with suppress(sqlite3.Error, SQLAlchemyError):
+        with suppress(self.held.backend.error, SQLAlchemyError):
             self._restore_writes()
             # Without a savepoint of its own it would undo the outer block.
             if self.outer is not None and self._has_savepoint and self.held.in_transaction:
-                self.held.raw.execute("ROLLBACK TO swarmdb")
-                self.held.raw.execute("RELEASE swarmdb")
+                self.held.raw.execute("ROLLBACK TO SAVEPOINT swarmdb")
+                self.held.raw.execute("RELEASE SAVEPOINT swarmdb")
             # An interrupt may have come before there was one.
             if self.outer is None and (root := self.held.connection.get_transaction()) is not None:
                 root.rollback()
@@ -164,7 +166,7 @@ class Block:
 
     def _restore_writes(self) -> None:
         if self.readonly and (self.outer is None or not self.outer.readonly):
-            self.held.raw.execute("PRAGMA query_only = OFF")
+            self.held.backend.end_reading(self.held.raw)
 
 
 _ENDED_INSIDE = (
@@ -204,12 +206,8 @@ class Scope:
             ClosedError: After `close`.
         """
         with self._block() as block:
-            raw = block.held.raw
-            # With implicit transactions, a statement after a raw commit() begins a new one, which the end of the block
-            # rolls back, instead of committing by itself.
-            raw.isolation_level = ""
-            raw.row_factory = sqlite3.Row
-            yield cast(RawConnection, raw)
+            block.held.backend.lend(block.held.raw)
+            yield cast(RawConnection, block.held.raw)
 
     @contextmanager
     def session(self, *, readonly: bool = False) -> Iterator[Session]:
@@ -245,7 +243,7 @@ class Scope:
                 with translating(self._connections.where):
                     session.flush()
                     _refresh(session)
-                    _release(session)
+                    _release(session, block.held.backend)
             finally:
                 if not block.is_inherited:
                     # After a commit there is nothing to undo; what else it fails at, the block's own end undoes.
@@ -276,18 +274,31 @@ class Scope:
         held = self._connections.take()
         try:
             return program.fetch(held.raw, bound)
+        except StorageError:
+            if held.is_open:
+                raise
+        finally:
+            self._connections.give(held)
+        held = self._connections.take()  # The server went away. It may be back, and reading twice harms nobody.
+        try:
+            return program.fetch(held.raw, bound)
         finally:
             self._connections.give(held)
 
+    def _insert(self, statement: Insert, values: Mapping[str, Any]) -> int:
+        """Add a row, and return its number."""
+        return self._programs.backend.inserted_key(self._write(statement, values))
+
     def _write(self, statement: Statement, values: Mapping[str, Any]) -> Any:
-        """Run *statement* and return its cursor, for ``rowcount`` and ``lastrowid``."""
+        """Run *statement* and return its cursor, for what became of it."""
         program = self._programs[statement]
         bound = program.bind(values)
         local = self._connections.local
         if (local.blocks or local.pinned) and (block := self._writing_block()) is not None:
-            cursor = program.execute(block.held.raw, bound)
-            if not statement.inserts:  # What is only added changes nothing that was loaded.
-                block.expire(cast(UpdateBase, statement.clause).entity_description["table"])
+            with block.held.backend.guarded(block.held.raw, self._connections.where):
+                cursor = program.execute(block.held.raw, bound)
+            if statement.writes is not None:  # What is only added changes nothing that was loaded.
+                block.expire(statement.writes)
             return cursor
         held = self._connections.take()
         try:
@@ -301,7 +312,8 @@ class Scope:
         bound = program.bind(values)
         local = self._connections.local
         if (local.blocks or local.pinned) and (block := self._writing_block()) is not None:
-            rows = program.fetch(block.held.raw, bound)
+            with block.held.backend.guarded(block.held.raw, self._connections.where):
+                rows = program.fetch(block.held.raw, bound)
             block.expire(table_of(query.model))
         else:
             held = self._connections.take()
@@ -311,9 +323,9 @@ class Scope:
                 self._connections.give(held)
         return self._decoder(query).decode(rows)
 
-    def _write_many(self, program: Program, bound: Iterable[tuple[Any, ...]]) -> None:
+    def _write_many(self, program: Program, bound: Iterable[Bound]) -> None:
         """Run *program* for each of *bound*, all or none."""
-        with self._block() as block:
+        with self._block(alone=False) as block:
             program.execute_many(block.held.raw, bound)
 
     # Blocks
@@ -322,7 +334,7 @@ class Scope:
         block = self._own_block()
         if block is not None:
             self._prepare(block)
-        elif self._location.path is None:
+        elif self._location.is_in_memory:
             self._refuse_to_wait()  # In memory, a writer keeps readers waiting too.
         return block
 
@@ -369,8 +381,13 @@ class Scope:
             )
 
     @contextmanager
-    def _block(self, *, readonly: bool = False) -> Iterator[Block]:
-        """Open a transaction, or a savepoint in the one that this thread and task have open."""
+    def _block(self, *, readonly: bool = False, alone: bool = True) -> Iterator[Block]:
+        """Open a transaction, or a savepoint in the one that this thread and task have open.
+
+        Args:
+            readonly: Whether it refuses writes, and shows one snapshot.
+            alone: Whether what it reads has to stay true until it commits.
+        """
         connections = self._connections
         connections.check_open()
         outer = self._own_block() if connections.local.blocks else None
@@ -383,10 +400,10 @@ class Scope:
             with self._entered(Block(outer.held, outer.task, outer, readonly=readonly)) as block:
                 yield block
             return
-        if not readonly or self._location.path is None:
+        if not readonly or self._location.is_in_memory:
             self._refuse_to_wait()
         held = connections.take()
-        block = Block(held, _current_task(), None, readonly=readonly)
+        block = Block(held, _current_task(), None, readonly=readonly, alone=alone)
         try:
             with self._entered(block):
                 yield block
@@ -420,11 +437,10 @@ class Scope:
     def _settle(self, held: Held) -> None:
         """Give back the connection of a block that has ended, or close it if the end failed."""
         if held.is_open and not held.in_transaction and not held.connection.in_transaction():
-            held.raw.isolation_level = None
-            held.raw.row_factory = None
+            held.backend.take_back(held.raw)
             self._connections.give(held)
         else:
-            held.discard()
+            self._connections.discard(held)
 
 
 _READ_ONLY = "session(readonly=True) refuses writes; use session() or transaction()"
@@ -440,7 +456,7 @@ def translating(where: str) -> Iterator[None]:
         raise
     except Exception as error:
         _raise_interrupt_before(error, outside)
-        if isinstance(error, sqlite3.Error | SQLAlchemyError):
+        if is_of_database(error):
             raise translated(error, where) from error
         raise
 
@@ -468,7 +484,7 @@ def _refresh(session: Session) -> None:
                 session.refresh(loaded)
 
 
-def _release(session: Session) -> None:
+def _release(session: Session, backend: Backend) -> None:
     """Commit a session that was flushed, which only releases its savepoint."""
     try:
         session.commit()
@@ -477,7 +493,9 @@ def _release(session: Session) -> None:
             "a flush of this session failed inside the block, and its error was caught; call session.rollback() after "
             "such an error, or let it end the block"
         ) from error
-    except OperationalError as error:  # There is no such savepoint.
+    except DBAPIError as error:
+        if not backend.is_missing_savepoint(error.orig):
+            raise
         raise TransactionError(_ENDED_INSIDE) from error
 
 

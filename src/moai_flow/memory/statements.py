@@ -10,37 +10,73 @@ import sqlite3
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Generic, TypeVar, cast
 
-from sqlalchemy import Column, Dialect, Executable
-from sqlalchemy.exc import StatementError
+from sqlalchemy import Column, Dialect, Executable, Table, bindparam, insert
+from sqlalchemy.dialects import sqlite
 from sqlalchemy.orm import class_mapper
 from sqlalchemy.sql.compiler import SQLCompiler
 from sqlalchemy.sql.expression import ClauseElement
 
-from moai_flow.memory.errors import BusyError, ConflictError, CorruptDataError, StorageError, SwarmDBError, shown
+from moai_flow.memory.backends import SQLite, backend_of, translated
+from moai_flow.memory.errors import CorruptDataError, shown
 from moai_flow.memory.models import Record, columns
-from moai_flow.memory.types import is_unicode
+from moai_flow.memory.types import Stored, is_postgresql, is_unicode
 
 logger = logging.getLogger("moai_flow.memory")
 
 R = TypeVar("R", bound=Record)
 Row = Sequence[Any]
 
+#: Values as a driver wants them.
+Bound = tuple[Any, ...] | dict[str, Any]
+
+
+#: A clause, or what makes it for a dialect, where no clause suits all.
+Clause = Executable | Callable[[Dialect], Executable]
+
 
 class Statement:
     """A constant statement. One object is one statement: it is compared, and hashed, by identity."""
 
-    def __init__(self, clause: Executable, *, inserts: Iterable[str] = ()) -> None:
-        """Wrap *clause*; for an INSERT, *inserts* names the columns that each call gives values for."""
+    def __init__(self, clause: Clause, *, writes: Table | None = None) -> None:
+        """Wrap *clause*; *writes* is the table whose rows it changes or removes, if it does."""
         self.clause = clause
-        self.inserts = tuple(inserts)
+        self.writes = writes
+
+    def clause_for(self, dialect: Dialect) -> Executable:
+        """Return the clause to compile for *dialect*."""
+        return self.clause if isinstance(self.clause, Executable) else self.clause(dialect)
+
+
+class Insert(Statement):
+    """A statement that adds rows to a table, with values for some of its columns."""
+
+    def __init__(self, table: Table, columns: Iterable[str]) -> None:
+        super().__init__(insert(table))
+        self.columns = tuple(columns)
+        self._table = table
+
+    def clause_for(self, dialect: Dialect) -> Executable:
+        """Return the clause to compile for *dialect*. Where the driver does not tell the row's number, that does."""
+        numbers = [column for column in self._table.primary_key if column.identity]
+        return insert(self._table).returning(*numbers) if is_postgresql(dialect) else super().clause_for(dialect)
 
 
 class Query(Statement, Generic[R]):
     """A statement that returns whole rows of one table."""
 
-    def __init__(self, model: type[R], clause: Executable) -> None:
-        super().__init__(clause)
+    def __init__(self, model: type[R], clause: Clause, *, writes: Table | None = None) -> None:
+        super().__init__(clause, writes=writes)
         self.model = model
+
+
+def insert_for(dialect: Dialect, table: Table) -> Any:
+    """Return *dialect*'s own INSERT of a whole row, which can be told what to do about a conflict."""
+    values = {column.name: bindparam(column.name, type_=column.type) for column in table.columns}
+    if is_postgresql(dialect):
+        from sqlalchemy.dialects import postgresql  # Who uses SQLite alone does without it.
+
+        return postgresql.insert(table).values(values)
+    return sqlite.insert(table).values(values)
 
 
 class Program:
@@ -48,30 +84,34 @@ class Program:
 
     def __init__(self, statement: Statement, dialect: Dialect, where: str) -> None:
         """Compile *statement*; *where* is what errors call the database."""
-        clause = cast(ClauseElement, statement.clause)
-        compiled = cast(SQLCompiler, clause.compile(dialect=dialect, column_keys=list(statement.inserts) or None))
+        clause = cast(ClauseElement, statement.clause_for(dialect))
+        column_keys = list(statement.columns) if isinstance(statement, Insert) else None
+        compiled = cast(SQLCompiler, clause.compile(dialect=dialect, column_keys=column_keys))
         self.sql = compiled.string
+        self.backend = backend_of(dialect)
         self._where = where
-        self._failure: type[Exception] = dialect.loaded_dbapi.Error
+        self._is_positional = compiled.positional
+        names = (compiled.positiontup or ()) if compiled.positional else compiled.binds
         self._slots = [
-            (name, compiled.binds[name].type.dialect_impl(dialect).bind_processor(dialect))
-            for name in compiled.positiontup or ()
+            (name, compiled.binds[name].type.dialect_impl(dialect).bind_processor(dialect)) for name in names
         ]
+        self._names = [name for name, _ in self._slots]
         # SQLite's LIMIT comes with an OFFSET of its own, and constants in the clause are binds as well.
         self._constants = {name: bind.value for name, bind in compiled.binds.items() if not bind.required}
         self.rows = RowDecoder(statement.model, dialect) if isinstance(statement, Query) else None
 
-    def bind(self, values: Mapping[str, Any]) -> tuple[Any, ...]:
-        """Return *values*, by name, as the driver wants them: encoded, in the statement's order.
+    def bind(self, values: Mapping[str, Any]) -> Bound:
+        """Return *values*, by name, as the driver wants them: encoded, by name or in the statement's order.
 
         Raises:
             InvalidInputError: If a value can't be encoded.
         """
         if self._constants:
             values = {**self._constants, **values}
-        return tuple([values[name] if encode is None else encode(values[name]) for name, encode in self._slots])
+        encoded = [values[name] if encode is None else encode(values[name]) for name, encode in self._slots]
+        return tuple(encoded) if self._is_positional else dict(zip(self._names, encoded, strict=True))
 
-    def fetch(self, raw: Any, bound: tuple[Any, ...]) -> list[Row]:
+    def fetch(self, raw: Any, bound: Bound) -> list[Row]:
         """Run on a driver's connection and return every row.
 
         Raises:
@@ -81,13 +121,13 @@ class Program:
             logger.debug("%s %r", self.sql, bound)
         try:
             rows: list[Row] = raw.execute(self.sql, bound).fetchall()
-        except self._failure as error:
+        except self.backend.error as error:
             if self.rows is not None and is_undecodable(error):
                 raise self.rows.first_fault(_fetch_leniently(raw, self.sql, bound)) from error
             raise translated(error, self._where) from error
         return rows
 
-    def execute(self, raw: Any, bound: tuple[Any, ...]) -> Any:
+    def execute(self, raw: Any, bound: Bound) -> Any:
         """Run on a driver's connection and return the cursor, for its ``rowcount`` and ``lastrowid``.
 
         Raises:
@@ -97,10 +137,10 @@ class Program:
             logger.debug("%s %r", self.sql, bound)
         try:
             return raw.execute(self.sql, bound)
-        except self._failure as error:
+        except self.backend.error as error:
             raise translated(error, self._where) from error
 
-    def execute_many(self, raw: Any, bound: Iterable[tuple[Any, ...]]) -> None:
+    def execute_many(self, raw: Any, bound: Iterable[Bound]) -> None:
         """Run once for each of *bound*. The caller's transaction decides what stays if one of them fails.
 
         Raises:
@@ -108,8 +148,8 @@ class Program:
         """
         logger.debug("%s (many)", self.sql)
         try:
-            raw.executemany(self.sql, bound)
-        except self._failure as error:
+            raw.cursor().executemany(self.sql, bound)
+        except self.backend.error as error:
             raise translated(error, self._where) from error
 
 
@@ -118,6 +158,7 @@ class Programs(dict[Statement, Program]):
 
     def __init__(self, dialect: Dialect, where: str) -> None:
         super().__init__()
+        self.backend = backend_of(dialect)
         self._dialect = dialect
         self._where = where
 
@@ -136,7 +177,7 @@ class RowDecoder(Generic[R]):
         self._names = [fields[column.name] for column in self.columns]
         self._decoders = [column.type.dialect_impl(dialect).result_processor(dialect, None) for column in self.columns]
         self._kinds = [
-            _stored_kinds(model, name, column) for name, column in zip(self._names, self.columns, strict=True)
+            _stored_kinds(model, name, column, dialect) for name, column in zip(self._names, self.columns, strict=True)
         ]
         self._key = [index for index, column in enumerate(self.columns) if column.primary_key]
         self._make = _maker(model, self._names)
@@ -190,6 +231,20 @@ class RowDecoder(Generic[R]):
             if str in kinds
         )
 
+    def value(self, row: Row, index: int) -> Any:
+        """Return one value of *row*, decoded.
+
+        Raises:
+            CorruptDataError: If it is not what its column holds.
+        """
+        decode = self._decoders[index]
+        try:
+            if type(row[index]) not in self._kinds[index]:
+                raise ValueError("not of the column's type")
+            return row[index] if decode is None else decode(row[index])
+        except ValueError as error:
+            raise self.first_fault([row]) from error
+
     def faults(self, row: Row) -> list[CorruptDataError]:
         """Return what keeps *row* from being decoded, an error a column."""
         key = {self.columns[index].name: row[index] for index in self._key}
@@ -232,48 +287,20 @@ def is_undecodable(error: Exception) -> bool:
     return isinstance(error, sqlite3.OperationalError) and getattr(error, "sqlite_errorcode", None) is None
 
 
-def text_as_it_is(stored: bytes) -> str:
-    """Decode a stored text without failing: bytes that are not UTF-8 become lone surrogates."""
-    return stored.decode(errors="surrogateescape")
-
-
-def _fetch_leniently(raw: Any, sql: str, bound: tuple[Any, ...]) -> list[Row]:
-    raw.text_factory = text_as_it_is
-    try:
+def _fetch_leniently(raw: Any, sql: str, bound: Bound) -> list[Row]:
+    with SQLite.reading_leniently(raw):
         return list(raw.execute(sql, bound))
-    finally:
-        raw.text_factory = str
 
 
 #: From how many rows on decoding column by column is faster than row by row.
 _FEW = 4
 
-_KINDS: dict[str, set[type]] = {"INTEGER": {int}, "REAL": {float, int}}
 
-
-def _stored_kinds(model: type[Record], name: str, column: Column[Any]) -> frozenset[type]:
+def _stored_kinds(model: type[Record], name: str, column: Column[Any], dialect: Dialect) -> frozenset[type]:
     """Return the types of a column's values as the driver gives them. SQLite itself takes anything anywhere."""
-    kinds: set[type] = set(_KINDS.get(str(column.type), {str}))
+    assert isinstance(column.type, Stored)  # As those of every column of ours.
+    kinds: frozenset[type] = column.type.stored_kinds(dialect)
     annotation = model.model_fields[name].annotation
     if getattr(column.type, "reads_null", False) or type(None) in getattr(annotation, "__args__", ()):
-        kinds.add(type(None))
-    return frozenset(kinds)
-
-
-_BUSY = frozenset({sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED})
-
-
-def translated(error: Exception, where: str) -> SwarmDBError:
-    """Return what a driver's *error* means. SQLAlchemy's wrapping is taken off first."""
-    if isinstance(error, StatementError) and isinstance(error.orig, Exception):
-        return translated(error.orig, where)
-    if isinstance(error, SwarmDBError):
-        return error
-    message = f"{where}: {error}"
-    code = getattr(error, "sqlite_errorcode", None)
-    primary = None if code is None else code & 0xFF
-    if primary in _BUSY:
-        return BusyError(f"{message}: another user held the database for longer than the busy timeout")
-    if primary == sqlite3.SQLITE_CONSTRAINT:
-        return ConflictError(message)
-    return StorageError(message)
+        kinds |= {type(None)}
+    return kinds

@@ -1,4 +1,4 @@
-"""How values are kept: JSON text, ISO-8601 text, enums by value.
+"""How values are kept: JSON text, ISO-8601 text, enums by value. PostgreSQL has types of its own for JSON and times.
 
 Each column type encodes what Python passes in and decodes what a row holds. An encoder raises `InvalidInputError`
 and a decoder `ValueError`; `statements` turns the latter into a `CorruptDataError` that names table, column and row.
@@ -14,13 +14,28 @@ from decimal import Decimal
 from enum import Enum
 from functools import partial
 from pathlib import Path
-from typing import Any, Generic, TypeAlias, TypeVar
+from typing import Any, ClassVar, Generic, TypeAlias, TypeVar
 from uuid import UUID
 
 from pydantic import BaseModel
 from pydantic_core import from_json, to_json
-from sqlalchemy import REAL, Dialect, Integer, Text, TypeDecorator
-from sqlalchemy.types import UserDefinedType
+from sqlalchemy import (
+    JSON,
+    REAL,
+    TIMESTAMP,
+    BigInteger,
+    ColumnElement,
+    DateTime,
+    Dialect,
+    Double,
+    Integer,
+    Text,
+    TypeDecorator,
+)
+from sqlalchemy.ext.compiler import compiles
+from sqlalchemy.sql.compiler import SQLCompiler
+from sqlalchemy.sql.visitors import InternalTraversal
+from sqlalchemy.types import TypeEngine
 
 from moai_flow.memory.enums import Vocabulary
 from moai_flow.memory.errors import InvalidInputError
@@ -170,13 +185,79 @@ def decode_time(text: str) -> datetime:
 Encoder: TypeAlias = Callable[[Any], Any]
 Decoder: TypeAlias = Callable[[Any], Any]
 
+_TEXT: frozenset[type] = frozenset({str})
 
-class JSONText(TypeDecorator[Any]):
-    """A JSON value, stored as text. NULL reads as None."""
 
-    impl = Text
+def is_postgresql(dialect: Dialect) -> bool:
+    """Whether *dialect* is PostgreSQL's; else it is SQLite's."""
+    return dialect.name == "postgresql"
+
+
+T = TypeVar("T")
+
+
+class Stored(TypeDecorator[T], Generic[T]):
+    """A column type that knows what its values are in the driver's hands."""
+
+    impl: Any = Text
+
+    #: The types of stored values, as sqlite3 gives them.
+    kinds: ClassVar[frozenset[type]] = _TEXT
+
+    def stored_kinds(self, dialect: Dialect) -> frozenset[type]:
+        """Return the types of stored values as the driver gives them."""
+        return self.kinds
+
+
+class Plain(Stored[str]):
+    """Text, which has the same order on every database: that of its code points."""
+
     cache_ok = True
+
+    def load_dialect_impl(self, dialect: Dialect) -> TypeEngine[Any]:
+        return Text(collation="C") if is_postgresql(dialect) else self.impl_instance
+
+    def bind_processor(self, dialect: Dialect) -> Encoder | None:
+        return None
+
+    def result_processor(self, dialect: Dialect, coltype: object) -> Decoder | None:
+        return None
+
+
+class _JSON(Stored[Any]):
+    """JSON, which PostgreSQL keeps to the letter in its type of that name."""
+
     reads_null = True
+
+    def load_dialect_impl(self, dialect: Dialect) -> TypeEngine[Any]:
+        return JSON() if is_postgresql(dialect) else self.impl_instance
+
+    def column_expression(self, column: ColumnElement[Any]) -> ColumnElement[Any]:
+        return _AsText(column, self)
+
+
+class _AsText(ColumnElement[Any]):
+    """A JSON column as it is stored: a driver would decode it by its own rules, or by those of the engine's owner."""
+
+    inherit_cache = True
+
+    def __init__(self, column: ColumnElement[Any], type_: TypeEngine[Any]) -> None:
+        self.column = column
+        self.type = type_
+
+    _traverse_internals = [("column", InternalTraversal.dp_clauseelement)]  # noqa: RUF012 (SQLAlchemy's way)
+
+
+@compiles(_AsText)
+def _compile_as_text(element: _AsText, compiler: SQLCompiler, **options: Any) -> str:
+    column = compiler.process(element.column, **options)
+    return f"{column}::text" if is_postgresql(compiler.dialect) else column
+
+
+class JSONText(_JSON):
+    """A JSON value. NULL reads as None."""
+
+    cache_ok = True
 
     def bind_processor(self, dialect: Dialect) -> Encoder:
         return partial(encode_json, field="value")
@@ -185,12 +266,10 @@ class JSONText(TypeDecorator[Any]):
         return lambda value: None if value is None else decode_json(value)
 
 
-class JSONObjectText(TypeDecorator[dict[str, Any]]):
-    """A JSON object, stored as text. NULL reads as an empty one."""
+class JSONObjectText(_JSON):
+    """A JSON object. NULL reads as an empty one."""
 
-    impl = Text
     cache_ok = True
-    reads_null = True
 
     def bind_processor(self, dialect: Dialect) -> Encoder:
         return lambda value: encode_json({} if value is None else value, field="metadata")
@@ -219,15 +298,17 @@ def decode_json_object(text: str | None) -> dict[str, Any]:
 V = TypeVar("V", bound=Vocabulary)
 
 
-class EnumText(TypeDecorator[V], Generic[V]):
+class EnumText(Stored[V], Generic[V]):
     """A member of a vocabulary, stored by its value."""
 
-    impl = Text
     cache_ok = True
 
     def __init__(self, vocabulary: type[V]) -> None:
         super().__init__()
         self.vocabulary = vocabulary
+
+    def load_dialect_impl(self, dialect: Dialect) -> TypeEngine[Any]:
+        return Text(collation="C") if is_postgresql(dialect) else self.impl_instance
 
     def bind_processor(self, dialect: Dialect) -> Encoder:
         return lambda value: value.value if isinstance(value, Vocabulary) else value
@@ -248,55 +329,91 @@ class _Members(dict[str | None, V | None], Generic[V]):
         return self._vocabulary.read(value)  # Not kept: other programs may write any number of words.
 
 
-class ISOText(TypeDecorator[datetime]):
-    """A moment, stored as fixed-width ISO-8601 text in UTC."""
+class _Moment(Stored[datetime]):
+    """A moment: text on SQLite, TIMESTAMPTZ on PostgreSQL."""
+
+    def load_dialect_impl(self, dialect: Dialect) -> TypeEngine[Any]:
+        return TIMESTAMP(timezone=True) if is_postgresql(dialect) else self.impl_instance
+
+    def bind_processor(self, dialect: Dialect) -> Encoder:
+        encode = in_utc if is_postgresql(dialect) else self.encode
+        return lambda value: None if value is None else encode(value)
+
+    def result_processor(self, dialect: Dialect, coltype: object) -> Decoder:
+        return _decode_moment if is_postgresql(dialect) else self.decode
+
+    def stored_kinds(self, dialect: Dialect) -> frozenset[type]:
+        return frozenset({datetime}) if is_postgresql(dialect) else self.kinds
+
+    @staticmethod
+    def encode(moment: datetime) -> str:
+        raise NotImplementedError
+
+    @staticmethod
+    def decode(text: str | None) -> datetime | None:
+        raise NotImplementedError
+
+
+def _decode_moment(moment: datetime | None) -> datetime | None:
+    return None if moment is None else moment.astimezone(UTC)
+
+
+class ISOText(_Moment):
+    """A moment, stored on SQLite as fixed-width ISO-8601 text in UTC."""
+
+    cache_ok = True
+    encode = staticmethod(encode_iso)
+
+    @staticmethod
+    def decode(text: str | None) -> datetime | None:
+        if text is None:
+            return None
+        moment = datetime.fromisoformat(text)
+        return moment if moment.tzinfo is UTC else decode_time(text)
+
+
+class UTCDateTime(_Moment):
+    """A moment, stored on SQLite in a DATETIME column in UTC, as ``CURRENT_TIMESTAMP`` writes it."""
+
+    impl = DateTime
+    cache_ok = True
+    encode = staticmethod(encode_datetime)
+
+    @staticmethod
+    def decode(text: str | None) -> datetime | None:
+        if text is None:
+            return None
+        if text[10:11] == " ":
+            with suppress(ValueError):  # It has a zone of its own, or is no time.
+                return datetime.fromisoformat(f"{text}+00:00")  # A seventh of what replace(tzinfo=UTC) costs.
+        return decode_time(text)
+
+
+class AsStored(TypeDecorator[Any]):
+    """A time as the database has it, for comparing with what a row held."""
 
     impl = Text
     cache_ok = True
 
-    def bind_processor(self, dialect: Dialect) -> Encoder:
-        return lambda value: None if value is None else encode_iso(value)
+    def load_dialect_impl(self, dialect: Dialect) -> TypeEngine[Any]:
+        return TIMESTAMP(timezone=True) if is_postgresql(dialect) else self.impl_instance
 
-    def result_processor(self, dialect: Dialect, coltype: object) -> Decoder:
-        return _decode_iso
-
-
-def _decode_iso(text: str | None) -> datetime | None:
-    if text is None:
+    def bind_processor(self, dialect: Dialect) -> Encoder | None:
         return None
-    moment = datetime.fromisoformat(text)
-    return moment if moment.tzinfo is UTC else decode_time(text)
 
 
-class UTCDateTime(UserDefinedType[datetime]):
-    """A moment, stored in a DATETIME column in UTC, as ``CURRENT_TIMESTAMP`` writes it."""
-
-    cache_ok = True
-
-    def get_col_spec(self, **kw: Any) -> str:
-        return "DATETIME"
-
-    def bind_processor(self, dialect: Dialect) -> Encoder:
-        return lambda value: None if value is None else encode_datetime(value)
-
-    def result_processor(self, dialect: Dialect, coltype: object) -> Decoder:
-        return _decode_datetime
-
-
-def _decode_datetime(text: str | None) -> datetime | None:
-    if text is None:
-        return None
-    if text[10:11] == " ":
-        with suppress(ValueError):  # It has a zone of its own, or is no time.
-            return datetime.fromisoformat(f"{text}+00:00")  # A seventh of what replace(tzinfo=UTC) costs.
-    return decode_time(text)
-
-
-class Real(TypeDecorator[float]):
+class Real(Stored[float]):
     """A float. RETURNING gives whole ones as int, since that is how SQLite keeps them."""
 
     impl = REAL
     cache_ok = True
+    kinds = frozenset({float, int})
+
+    def load_dialect_impl(self, dialect: Dialect) -> TypeEngine[Any]:
+        return Double() if is_postgresql(dialect) else self.impl_instance
+
+    def bind_processor(self, dialect: Dialect) -> Encoder | None:
+        return None
 
     def result_processor(self, dialect: Dialect, coltype: object) -> Decoder:
         return lambda value: None if value is None else float(value)
@@ -325,10 +442,20 @@ def decode_epoch(seconds: float) -> float:
     return float(seconds)
 
 
-class Count(TypeDecorator[int]):
-    """How many of something. NULL, which raw SQL may have left there, reads as none."""
+class Whole(Stored[int]):
+    """A whole number of 64 bits."""
 
     impl = Integer
+    cache_ok = True
+    kinds = frozenset({int})
+
+    def load_dialect_impl(self, dialect: Dialect) -> TypeEngine[Any]:
+        return BigInteger() if is_postgresql(dialect) else self.impl_instance
+
+
+class Count(Whole):
+    """How many of something. NULL, which raw SQL may have left there, reads as none."""
+
     cache_ok = True
     reads_null = True
 

@@ -5,7 +5,7 @@ import sqlite3
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import datetime
+from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from time import perf_counter
@@ -13,7 +13,8 @@ from typing import Annotated, Any, TypeVar
 from uuid import uuid4
 
 import typer
-from sqlalchemy import Text, func, inspect, type_coerce
+from sqlalchemy import func, inspect, type_coerce
+from sqlmodel import Session as DatabaseSession
 from sqlmodel import col, select
 
 from moai_flow.memory import (
@@ -33,12 +34,12 @@ from moai_flow.memory.cli import show
 from moai_flow.memory.cli.demo import report, watch
 from moai_flow.memory.cli.failures import in_one_line
 from moai_flow.memory.cli.swarm import Plan, files_of
-from moai_flow.memory.engine import Location, create, locate
+from moai_flow.memory.engine import Location, Settings, create, locate
 from moai_flow.memory.enums import Vocabulary
-from moai_flow.memory.migrations import VERSION
+from moai_flow.memory.migrations import VERSION, found_version, server_ddl
 from moai_flow.memory.models import TABLES
 from moai_flow.memory.scope import translating
-from moai_flow.memory.types import decode_json, decode_time
+from moai_flow.memory.types import AsStored, decode_json, decode_time
 
 V = TypeVar("V", bound=Vocabulary)
 
@@ -94,8 +95,8 @@ def run() -> None:
 
 def _locate(db: str | None) -> Location:
     location = locate(None, db) if db is not None and "://" in db else locate(db, None)
-    if location.path is None:
-        raise InvalidInputError("db", str(location), "a file, which is there after the command has ended")
+    if location.is_in_memory:
+        raise InvalidInputError("db", str(location), "a database that is there after the command has ended")
     return location
 
 
@@ -110,13 +111,13 @@ def _opened(db: str | None, *, create_missing: bool = False) -> Iterator[SwarmDB
 
 
 def _check_exists(location: Location) -> None:
-    if not Path(str(location)).exists():
+    if location.path is not None and not location.path.exists():
         raise StorageError(f"no database at {location}")
-    # Opening a file of another program would add our tables to it.
+    # Opening a database of another program would add our tables to it.
     with translating(str(location)):
-        tables = inspect(create(location, busy_timeout=BUSY_TIMEOUT)).get_table_names()
+        tables = inspect(create(location, Settings(busy_timeout=BUSY_TIMEOUT))).get_table_names()
     if not {str(model.__tablename__) for model in TABLES}.intersection(tables):
-        raise StorageError(f"no database at {location}: the file has none of SwarmDB's tables")
+        raise StorageError(f"no database at {location}: it has none of SwarmDB's tables")
 
 
 def _recognised(db: SwarmDB, vocabulary: type[V], word: str, column: Any, parameter: str) -> V:
@@ -176,7 +177,7 @@ def demo(
     location = _locate(f".moai/demo-{datetime.now().astimezone():%Y%m%d-%H%M%S-%f}.db" if db is None else db)
     started = perf_counter()
     with SwarmDB(url=location.url) as store, translating(str(location)):
-        files = files_of(folder, database=store.db_path)
+        files = files_of(folder, database=location.path)
         plan = Plan(f"demo-{uuid4().hex[:8]}", location.url, folder.absolute(), files, processes, threads)
         agents = show.counted(len(plan.agents), "agent", "agents")
         show.line(f"{agents} in {show.counted(processes, 'process', 'processes')}")
@@ -206,12 +207,12 @@ def status(*, db: Database = None, as_json: AsJSON = False) -> None:
         by_status = select(RegisteredAgent.status, func.count()).group_by(col(RegisteredAgent.status))
         agents = dict(session.exec(by_status).all())
         # As text: one time that can't be decoded hides nothing here. It is for check to complain.
-        event_time = type_coerce(col(AgentEvent.timestamp), Text)
+        event_time = type_coerce(col(AgentEvent.timestamp), AsStored)
         about: dict[str, Any] = {
-            "path": str(store.db_path),
+            "path": str(_locate(db)),
             "schema_version": store.schema_version,
             "size_bytes": store.size_bytes(),
-            "sqlite_version": sqlite3.sqlite_version,
+            **_software(session),
             "oldest_event": _moment(session.exec(select(func.min(event_time))).one()),
             "newest_event": _moment(session.exec(select(func.max(event_time))).one()),
         }
@@ -223,7 +224,15 @@ def status(*, db: Database = None, as_json: AsJSON = False) -> None:
     show.table("Agents", [show.text("status"), show.number("agents")], sorted(agents.items()))
 
 
+def _software(session: DatabaseSession) -> dict[str, str]:
+    if session.connection().dialect.name == "postgresql":
+        return {"postgresql_version": str(session.connection().exec_driver_sql("SHOW server_version").scalar_one())}
+    return {"sqlite_version": sqlite3.sqlite_version}
+
+
 def _moment(stored: Any) -> Any:
+    if isinstance(stored, datetime):
+        return stored.astimezone(UTC)
     try:
         return decode_time(stored)
     except (ValueError, TypeError):
@@ -403,6 +412,34 @@ def cleanup(
 
 
 @app.command()
+def migrate(
+    *,
+    db: Database = None,
+    check: Annotated[
+        bool, typer.Option("--check", help="Change nothing, and end with status 1 if there is something to do.")
+    ] = False,
+    sql: Annotated[
+        bool, typer.Option("--sql", help="Print the SQL that makes an empty PostgreSQL database one of this version.")
+    ] = False,
+) -> None:
+    """Bring a database to this version, or make one: what opening it does, for those whose programs may not."""
+    location = _locate(db)
+    if sql:
+        for statement in server_ddl(location):
+            typer.echo(f"{statement};\n".expandtabs(4))
+        return
+    if check:
+        version = found_version(location)
+        if version == VERSION:
+            show.line(f"{location} has schema {VERSION}, as this program has")
+            return
+        found = "no schema yet" if version is None else f"schema {version}"
+        raise StorageError(f"{location} has {found}, and {VERSION} is due: run swarmdb migrate")
+    with SwarmDB(url=location.url, busy_timeout=BUSY_TIMEOUT) as store:
+        show.line(f"{location} has schema {store.schema_version}")
+
+
+@app.command()
 def vacuum(*, db: Database = None) -> None:
     """Give the space of deleted rows back to the disk."""
     with _opened(db) as store:
@@ -421,7 +458,8 @@ def backup(
 ) -> None:
     """Copy a database into a file, while others go on reading and writing."""
     with _opened(db) as store:
-        if not overwrite and Path(path).is_file() and not store.db_path.samefile(path):
+        own = _locate(db).path
+        if not overwrite and own is not None and Path(path).is_file() and not own.samefile(path):
             raise StorageError(f"{path} exists; --overwrite replaces it")
         target = store.backup(path, overwrite=overwrite)
     if as_json:

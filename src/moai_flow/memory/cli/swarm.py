@@ -6,10 +6,11 @@ that a process may be killed at any moment without keeping the others waiting.
 
 import multiprocessing
 import os
+import random
 import signal
 import stat
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -17,19 +18,25 @@ from functools import partial
 from multiprocessing.connection import wait
 from multiprocessing.context import SpawnProcess
 from pathlib import Path, PurePath
+from typing import TypeVar
 from urllib.parse import quote_from_bytes, unquote_to_bytes
 
 from sqlalchemy import func
 from sqlalchemy.engine import URL
 from sqlmodel import col, select
 
-from moai_flow.memory import AgentStatus, EventType, MemoryType, SwarmDB, TaskMetric
+from moai_flow.memory import AgentStatus, BusyError, EventType, MemoryType, SwarmDB, TaskMetric
 from moai_flow.memory.cli.failures import in_one_line
 
 AGENT_TYPE = "file-reader"
 
 #: How long agents wait for each other at the start, and for how long they are waited for at an early end, in seconds.
 GRACE = 3.0
+
+#: How often a transaction is tried that others keep coming between.
+ATTEMPTS = 12
+
+T = TypeVar("T")
 
 _FILES, _HANDOUT = "files", "last handout"
 _POLL = 0.1
@@ -88,14 +95,15 @@ class Handout:
 # Files
 
 
-def files_of(folder: Path, *, database: Path) -> tuple[str, ...]:
+def files_of(folder: Path, *, database: Path | None) -> tuple[str, ...]:
     """Return the files of a folder and of the folders in it, relative to it.
 
     Folders whose name begins with a dot are skipped, as are links to folders, and the database's own files: closing
     any handle of such a file would release the locks that SQLite holds on it. What can't be looked at is returned as
     well, so that an agent meets the error.
     """
-    own = [file.stat() for suffix in ("", "-wal", "-shm") if (file := Path(f"{database}{suffix}")).exists()]
+    suffixes = () if database is None else ("", "-wal", "-shm")
+    own = [file.stat() for suffix in suffixes if (file := Path(f"{database}{suffix}")).exists()]
     found: list[Path] = []
 
     def is_to_be_read(path: Path) -> bool:
@@ -167,9 +175,29 @@ def run_agent(db: SwarmDB, plan: Plan, agent_id: str) -> None:
             read += 1
         else:
             unreadable += 1
-    with db.transaction():
+
+    def complete() -> None:
         db.update_agent_status(agent_id, "complete", duration_ms=_milliseconds_since(started))
         _tell(db, agent_id, EventType.COMPLETE, read=read, unreadable=unreadable)
+
+    in_transaction(db, complete)
+
+
+def in_transaction(db: SwarmDB, work: Callable[[], T]) -> T:
+    """Do *work* in one transaction, and again where that of another agent came between.
+
+    On SQLite they wait for each other. PostgreSQL lets them run side by side, and refuses one that could not have run
+    alone.
+    """
+    for attempt in range(ATTEMPTS):
+        try:
+            with db.transaction():
+                return work()
+        except BusyError:
+            if attempt == ATTEMPTS - 1:
+                raise
+            time.sleep(random.uniform(0, 0.01 * 2**attempt))  # noqa: S311 (it only keeps agents out of step)
+    raise AssertionError
 
 
 def _await_others(db: SwarmDB, plan: Plan) -> None:
@@ -184,13 +212,17 @@ def _await_others(db: SwarmDB, plan: Plan) -> None:
 
 def take(db: SwarmDB, plan: Plan, agent_id: str) -> str | None:
     """Return a file that nobody else gets, or None if all are handed out."""
-    with db.transaction():  # It has the write lock, so no other agent reads the same number.
+
+    def next_file() -> str | None:
+        # What is read here stays true until the commit, so no other agent gets the same number.
         last = db.get_memory(plan.run, MemoryType.CONTEXT_HINT, _HANDOUT, as_type=Handout)
         number = 0 if last is None else last.number + 1
         if number >= len(plan.files):
             return None
         db.store_memory(plan.run, MemoryType.CONTEXT_HINT, _HANDOUT, Handout(number, agent_id))
-    return plan.files[number]
+        return plan.files[number]
+
+    return in_transaction(db, next_file)
 
 
 def read_file(db: SwarmDB, plan: Plan, agent_id: str, file: str) -> bool:
@@ -200,14 +232,22 @@ def read_file(db: SwarmDB, plan: Plan, agent_id: str, file: str) -> bool:
     try:
         finding = examine(plan.folder / file)
     except OSError as error:
-        with db.transaction():
-            _tell(db, agent_id, EventType.ERROR, file=task_id, reason=error.strerror)
-            db.store_task_metric(task_id, agent_id, _milliseconds_since(started), "failure")
+        reason = error.strerror
+        failed_ms = _milliseconds_since(started)
+
+        def fail() -> None:
+            _tell(db, agent_id, EventType.ERROR, file=task_id, reason=reason)
+            db.store_task_metric(task_id, agent_id, failed_ms, "failure")
+
+        in_transaction(db, fail)
         return False
     duration_ms = _milliseconds_since(started)
-    with db.transaction():
+
+    def succeed() -> None:
         db.store_memory(plan.run, MemoryType.SEMANTIC, task_id, finding)
         db.store_task_metric(task_id, agent_id, duration_ms, "success")
+
+    in_transaction(db, succeed)
     return True
 
 

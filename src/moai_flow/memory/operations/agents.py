@@ -4,8 +4,7 @@ from collections.abc import Iterable
 from functools import cache
 from typing import Any
 
-from sqlalchemy import bindparam, delete, func, or_, select, update
-from sqlalchemy.dialects.sqlite import insert
+from sqlalchemy import Dialect, Executable, bindparam, delete, func, or_, select, update
 from sqlmodel import col
 
 from moai_flow.memory import inputs
@@ -13,20 +12,22 @@ from moai_flow.memory.enums import ACTIVE_STATUSES, AgentStatus, AgentStatusLike
 from moai_flow.memory.errors import AgentNotFoundError, InvalidInputError
 from moai_flow.memory.models import HAS_NOT_ENDED, RegisteredAgent, table_of, unsearched
 from moai_flow.memory.scope import Scope
-from moai_flow.memory.statements import Query, Statement
+from moai_flow.memory.statements import Query, Statement, insert_for
 
 _AGENTS = table_of(RegisteredAgent)
 
 NEWEST_SPAWN_FIRST = (col(RegisteredAgent.spawn_time).desc(), col(RegisteredAgent.agent_id).desc())
 
-_INSERT = insert(_AGENTS).values({column: bindparam(column.name) for column in _AGENTS.columns})
-_REGISTER = Query(
-    RegisteredAgent,
-    _INSERT.on_conflict_do_update(
-        index_elements=[_AGENTS.c.agent_id],
-        set_={column.name: _INSERT.excluded[column.name] for column in _AGENTS.columns if not column.primary_key},
-    ).returning(*_AGENTS.columns),
-)
+
+def _upsert(dialect: Dialect) -> Executable:
+    insertion = insert_for(dialect, _AGENTS)
+    given = {column.name: insertion.excluded[column.name] for column in _AGENTS.columns if not column.primary_key}
+    upsert = insertion.on_conflict_do_update(index_elements=[_AGENTS.c.agent_id], set_=given)
+    clause: Executable = upsert.returning(*_AGENTS.columns)
+    return clause
+
+
+_REGISTER = Query(RegisteredAgent, _upsert, writes=_AGENTS)
 _UPDATE = update(_AGENTS).where(_AGENTS.c.agent_id == bindparam("agent"))
 _FINISH = Query(
     RegisteredAgent,
@@ -36,12 +37,14 @@ _FINISH = Query(
         duration_ms=func.coalesce(bindparam("duration_ms"), _AGENTS.c.duration_ms),
         last_updated=bindparam("last_updated"),
     ).returning(*_AGENTS.columns),
+    writes=_AGENTS,
 )
 _RESUME = Query(
     RegisteredAgent,
     _UPDATE.values(
         status=bindparam("status"), complete_time=None, duration_ms=None, last_updated=bindparam("last_updated")
     ).returning(*_AGENTS.columns),
+    writes=_AGENTS,
 )
 _BY_ID = Query(RegisteredAgent, select(_AGENTS).where(_AGENTS.c.agent_id == bindparam("agent_id")))
 _ACTIVE = Query(
@@ -50,7 +53,7 @@ _ACTIVE = Query(
     .where(HAS_NOT_ENDED, or_(*(unsearched(_AGENTS.c.status) == status for status in sorted(ACTIVE_STATUSES))))
     .order_by(*NEWEST_SPAWN_FIRST),
 )
-_DELETE = Statement(delete(_AGENTS).where(_AGENTS.c.agent_id == bindparam("agent_id")))
+_DELETE = Statement(delete(_AGENTS).where(_AGENTS.c.agent_id == bindparam("agent_id")), writes=_AGENTS)
 
 
 @cache

@@ -5,7 +5,7 @@ from datetime import datetime
 from functools import cache
 from typing import Any
 
-from sqlalchemy import Text, bindparam, func, insert, or_, select, type_coerce
+from sqlalchemy import bindparam, func, or_, select, type_coerce
 from sqlmodel import col
 
 from moai_flow.memory import inputs
@@ -14,7 +14,8 @@ from moai_flow.memory.errors import InvalidInputError
 from moai_flow.memory.inputs import EventData
 from moai_flow.memory.models import AgentEvent, EventCursor, new_id, table_of, unsearched
 from moai_flow.memory.scope import Scope
-from moai_flow.memory.statements import Query, Statement
+from moai_flow.memory.statements import Insert, Query, Statement
+from moai_flow.memory.types import AsStored
 
 _EVENTS = table_of(AgentEvent)
 _ID, _TIME = (list(_EVENTS.columns.keys()).index(name) for name in ("id", "timestamp"))
@@ -27,9 +28,9 @@ _DECODED_AT_ONCE = 100
 NEWEST_FIRST = (col(AgentEvent.timestamp).desc(), col(AgentEvent.id).desc())
 OLDEST_FIRST = (col(AgentEvent.timestamp), col(AgentEvent.id))
 
-_INSERT = Statement(
-    insert(_EVENTS),
-    inserts=("event_id", "event_type", "agent_id", "agent_type", "timestamp", "metadata", "created_at"),
+_INSERT = Insert(
+    _EVENTS,
+    ("event_id", "event_type", "agent_id", "agent_type", "timestamp", "metadata", "created_at"),
 )
 _LAST_ID = Statement(select(func.max(_EVENTS.c.id)))
 
@@ -67,7 +68,7 @@ def _newest(names: frozenset[str]) -> Query[AgentEvent]:
 def _page(names: frozenset[str]) -> Query[AgentEvent]:
     page = select(_EVENTS).where(*_matching(names), unsearched(_EVENTS.c.id) <= bindparam("last_id"))
     # As it is stored: a row of another program may be out of place by its own time, and would be met for ever.
-    stored = type_coerce(_EVENTS.c.timestamp, Text)
+    stored = type_coerce(_EVENTS.c.timestamp, AsStored)
     if "after_time" in names:
         page = page.where(
             stored >= bindparam("after_time"),

@@ -14,20 +14,23 @@ from sqlalchemy import (
     Column,
     ColumnElement,
     Connection,
+    Dialect,
     LargeBinary,
     MetaData,
     Table,
+    Text,
     bindparam,
     delete,
     exists,
     func,
     insert,
+    literal_column,
     select,
     type_coerce,
 )
 
 from moai_flow.memory import inputs
-from moai_flow.memory.connections import copy_to
+from moai_flow.memory.connections import Held, copy_to
 from moai_flow.memory.engine import path_of_file
 from moai_flow.memory.errors import (
     CorruptDataError,
@@ -40,12 +43,13 @@ from moai_flow.memory.errors import (
 from moai_flow.memory.migrations import time_columns, unnormalised
 from moai_flow.memory.models import TABLES, AgentEvent, Record, SchemaInfo, SessionMemory, rowid_column, table_of
 from moai_flow.memory.scope import Scope, translating
-from moai_flow.memory.statements import RowDecoder, Statement, text_as_it_is
-from moai_flow.memory.types import EnumText
+from moai_flow.memory.statements import RowDecoder, Statement
+from moai_flow.memory.types import EnumText, is_postgresql
 
 _EVENTS = table_of(AgentEvent)
 _VERSION = Statement(select(table_of(SchemaInfo).c.value).where(table_of(SchemaInfo).c.key == "version"))
-_DELETE_EVENTS = Statement(delete(_EVENTS).where(_EVENTS.c.timestamp < bindparam("cutoff")))
+_DELETE_EVENTS = Statement(delete(_EVENTS).where(_EVENTS.c.timestamp < bindparam("cutoff")), writes=_EVENTS)
+_SIZE_ON_SERVER = Statement(select(func.pg_database_size(func.current_database())))
 _PRAGMAS = {"page_count": "PRAGMA page_count", "page_size": "PRAGMA page_size"}
 
 #: How many rows are checked at a time.
@@ -124,10 +128,12 @@ class MaintenanceOperations(Scope):
         """The database's file, as an absolute path.
 
         Raises:
-            StorageError: If the database is in memory.
+            StorageError: If the database is in memory, or on a server.
         """
         if self._location.path is None:
-            raise StorageError("a database in memory has no file")
+            raise StorageError(
+                f"a database {'on a server' if self._location.is_on_server else 'in memory'} has no file"
+            )
         return self._location.path
 
     @property
@@ -148,10 +154,15 @@ class MaintenanceOperations(Scope):
     def size_bytes(self) -> int:
         """Return how large the database is, in bytes, without the log of what was not yet moved into it.
 
+        On PostgreSQL it is the whole database, with the tables of others in it.
+
         Raises:
             StorageError: If the database can't be read.
             ClosedError: After `close`.
         """
+        if self._location.is_on_server:
+            ((size,),) = self._tuples(_SIZE_ON_SERVER, {})
+            return int(size)
         pages = self._pragma("page_count")
         return int(pages) * int(self._pragma("page_size"))
 
@@ -181,7 +192,8 @@ class MaintenanceOperations(Scope):
     def vacuum(self) -> None:
         """Rebuild the database's file, which gives the space of deleted rows back to the disk.
 
-        It takes as long as copying the file, needs as much free space again, and keeps writers waiting meanwhile.
+        It takes as long as copying the file, needs as much free space again, and keeps writers waiting meanwhile. On
+        PostgreSQL it is a plain ``VACUUM`` of SwarmDB's tables: the space is used again, and nobody waits.
 
         Raises:
             TransactionError: Inside a transaction.
@@ -194,6 +206,9 @@ class MaintenanceOperations(Scope):
         held = self._connections.take()
         try:
             with translating(self._connections.where):
+                if self._location.is_on_server:
+                    held.raw.execute("VACUUM " + ", ".join(str(model.__tablename__) for model in TABLES))
+                    return
                 held.raw.execute("VACUUM")
                 # The rebuilt pages are in the log; this moves them into the file and cuts the file to its new size.
                 held.raw.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
@@ -203,7 +218,8 @@ class MaintenanceOperations(Scope):
     def backup(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
         """Copy the database, as it is at this moment, into a file, while others go on reading and writing.
 
-        The file appears when it is complete, never half-written.
+        The file appears when it is complete, never half-written. For a database on a server there are the server's own
+        tools, such as ``pg_dump``.
 
         Args:
             path: The file to write. Its folder is made if it is missing.
@@ -216,11 +232,14 @@ class MaintenanceOperations(Scope):
             InvalidInputError: If *path* is a folder, the database itself, or exists and *overwrite* is not set.
             TransactionError: Inside a transaction, whose changes the copy would lack.
             BusyError: If a writer keeps a database in memory for longer than the busy timeout.
-            StorageError: If the file can't be written.
+            StorageError: If the file can't be written, or the database is on a server.
             ClosedError: After `close`.
         """
         self._refuse_in_block("backup()")
-        if self._location.path is None:
+        if self._location.is_on_server:
+            self._connections.check_open()
+            raise StorageError(f"{self._location}: backup() copies a file; a server's database is copied by pg_dump")
+        if self._location.is_in_memory:
             self._refuse_to_wait()
         target = path_of_file(path, field="path")
         if self._location.path is not None and target.exists() and target.samefile(self._location.path):
@@ -264,25 +283,19 @@ class MaintenanceOperations(Scope):
             undecodable: list[CorruptDataError] = []
             unlisted: Counter[tuple[str, str, str]] = Counter()
             moved = 0
-            raw.text_factory = text_as_it_is
-            try:
-                with _noting_damage(integrity, "integrity_check"):
-                    integrity += [row[0] for row in raw.execute("PRAGMA integrity_check") if row[0] != "ok"]
+            with block.held.backend.reading_leniently(raw):
+                if not self._location.is_on_server:
+                    with _noting_damage(integrity, "integrity_check"):
+                        integrity += [row[0] for row in raw.execute("PRAGMA integrity_check") if row[0] != "ok"]
                 for model in TABLES:
                     with _noting_damage(integrity, str(model.__tablename__)):
-                        bad_rows = _inspect(raw, RowDecoder(model, connection.dialect), undecodable, unlisted)
+                        bad_rows = _inspect(block.held, RowDecoder(model, connection.dialect), undecodable, unlisted)
                         if quarantine and bad_rows:
                             moved += _move_aside(connection, model, bad_rows)
-            finally:
-                raw.text_factory = str
-            foreign_times = [
-                ForeignTime(str(model.__tablename__), column.name, rows)
-                for model, column in time_columns()
-                if (rows := connection.scalar(select(func.count()).where(unnormalised(column))))
-            ]
+            foreign_times = [] if self._location.is_on_server else list(_foreign_times(connection))
         return CheckReport(
             sqlite_version=sqlite3.sqlite_version,
-            has_wal_reset_bug=has_wal_reset_bug(sqlite3.sqlite_version_info),
+            has_wal_reset_bug=not self._location.is_on_server and has_wal_reset_bug(sqlite3.sqlite_version_info),
             integrity=tuple(integrity),
             undecodable=tuple(undecodable),
             unlisted=tuple(UnlistedValue(*place, rows) for place, rows in sorted(unlisted.items())),
@@ -324,13 +337,19 @@ def _noting_damage(integrity: list[str], place: str) -> Iterator[None]:
         integrity.append(f"{place}: {error}")
 
 
+def _foreign_times(connection: Connection) -> Iterator[ForeignTime]:
+    for model, column in time_columns():
+        if rows := connection.scalar(select(func.count()).where(unnormalised(column))):
+            yield ForeignTime(str(model.__tablename__), column.name, rows)
+
+
 def _inspect(
-    raw: sqlite3.Connection,
+    held: Held,
     decoder: RowDecoder[Any],
     undecodable: list[CorruptDataError],
     unlisted: Counter[tuple[str, str, str]],
-) -> list[int]:
-    """Add what a table's rows have wrong with them, and return the ROWIDs of those that can't be decoded."""
+) -> list[Any]:
+    """Add what a table's rows have wrong with them, and return the addresses of those that can't be decoded."""
     table = table_of(decoder.model)
     vocabularies = [
         (index, column.name, column.type.vocabulary)
@@ -338,14 +357,15 @@ def _inspect(
         if isinstance(column.type, EnumText)
     ]
     bad_rows = []
-    cursor = raw.execute(str(select(*table.columns, rowid_column)))
-    while chunk := cursor.fetchmany(_CHUNK):
+    dialect = held.connection.dialect
+    everything = str(select(*table.columns, _address(decoder.model, dialect)).compile(dialect=dialect))
+    for chunk in held.backend.chunks(held.raw, everything, _CHUNK):
         rows = [row[:-1] for row in chunk]
         if not decoder.are_sound(rows):
-            for row, (*_, rowid) in zip(rows, chunk, strict=True):
+            for row, (*_, address) in zip(rows, chunk, strict=True):
                 if faults := decoder.faults(row):
                     undecodable.extend(faults)
-                    bad_rows.append(rowid)
+                    bad_rows.append(address)
         for index, name, vocabulary in vocabularies:
             for word, times in Counter(row[index] for row in rows).items():
                 if isinstance(word, str) and not vocabulary.read(word).is_listed:
@@ -353,23 +373,31 @@ def _inspect(
     return bad_rows
 
 
-def _move_aside(connection: Connection, model: type[Record], rowids: list[int]) -> int:
+def _address(model: type[Record], dialect: Dialect) -> ColumnElement[Any]:
+    """Return what tells a table's rows apart, whatever they hold, as long as the transaction lasts."""
+    if not is_postgresql(dialect):
+        return rowid_column
+    number = next((column for column in table_of(model).primary_key if column.identity), None)
+    return literal_column("ctid::text", Text) if number is None else number
+
+
+def _move_aside(connection: Connection, model: type[Record], addresses: list[Any]) -> int:
     """Move rows, as they are stored, into the table's quarantine, and return how many those are."""
-    table = table_of(model)
-    # BLOB columns keep whatever they are given.
-    quarantine = Table(
-        f"{table.name}_quarantine", MetaData(), *(Column(column.name, LargeBinary) for column in table.columns)
-    )
+    table, dialect = table_of(model), connection.dialect
+    # On SQLite, BLOB columns keep whatever they are given; a server's columns hold nothing but their type.
+    columns = (Column(column.name, column.type if is_postgresql(dialect) else LargeBinary) for column in table.columns)
+    quarantine = Table(f"{table.name}_quarantine", MetaData(), *columns)
     quarantine.create(connection, checkfirst=True)
     moved = 0
-    for rowid in rowids:
-        condition: ColumnElement[bool] = rowid_column == rowid
+    for address in addresses:
+        condition: ColumnElement[bool] = _address(model, dialect) == address
         if model is SessionMemory:
             # With it goes what it replaced: else an older value of the key would come back.
             bad = table.alias()
             same_key = (table.c[name] == bad.c[name] for name in ("session_id", "memory_type", "key"))
-            condition = exists().where(bad.c.id == rowid, table.c.id <= bad.c.id, *same_key)
+            condition = exists().where(bad.c.id == address, table.c.id <= bad.c.id, *same_key)
         whole_rows = select(*(type_coerce(column, LargeBinary) for column in table.columns)).where(condition)
-        moved += connection.execute(insert(quarantine).from_select(quarantine.columns.keys(), whole_rows)).rowcount
+        copied = insert(quarantine).from_select(quarantine.columns.keys(), whole_rows)
+        moved += connection.execute(copied, execution_options={"preserve_rowcount": True}).rowcount
         connection.execute(delete(table).where(condition))
     return moved

@@ -4,7 +4,7 @@ from functools import cache, lru_cache
 from typing import Any, TypeVar, cast, overload
 
 from pydantic import PydanticUserError, TypeAdapter, ValidationError
-from sqlalchemy import bindparam, delete, func, insert, select
+from sqlalchemy import bindparam, delete, func, select
 from sqlmodel import col
 
 from moai_flow.memory import inputs
@@ -12,8 +12,8 @@ from moai_flow.memory.enums import MemoryType, MemoryTypeLike
 from moai_flow.memory.errors import CorruptDataError, InvalidInputError
 from moai_flow.memory.models import SessionMemory, expiry, table_of
 from moai_flow.memory.scope import Scope
-from moai_flow.memory.statements import Query, Row, Statement
-from moai_flow.memory.types import decode_json, decode_time
+from moai_flow.memory.statements import Insert, Query, Row, Statement
+from moai_flow.memory.types import decode_json
 
 T = TypeVar("T")
 D = TypeVar("D")
@@ -28,13 +28,13 @@ _NEWEST_WRITE_FIRST = col(SessionMemory.id).desc()
 
 _VALUE, _TIME, _TTL = (list(_MEMORY.columns.keys()).index(name) for name in ("value", "timestamp", "ttl_hours"))
 
-_INSERT = Statement(
-    insert(_MEMORY),
-    inserts=("session_id", "memory_type", "key", "value", "timestamp", "ttl_hours", "created_at"),
+_INSERT = Insert(
+    _MEMORY,
+    ("session_id", "memory_type", "key", "value", "timestamp", "ttl_hours", "created_at"),
 )
 _LATEST = Query(SessionMemory, select(_MEMORY).where(*_KEY).order_by(_NEWEST_WRITE_FIRST).limit(1))
 _HISTORY = Query(SessionMemory, select(_MEMORY).where(*_KEY).order_by(_NEWEST_WRITE_FIRST))
-_DELETE = Statement(delete(_MEMORY).where(*_KEY))
+_DELETE = Statement(delete(_MEMORY).where(*_KEY), writes=_MEMORY)
 
 
 @cache
@@ -91,8 +91,7 @@ class MemoryOperations(Scope):
             "ttl_hours": inputs.whole_or_none(ttl_hours, field="ttl_hours", least=1),
             "created_at": now,
         }
-        sequence: int = self._write(_INSERT, row).lastrowid
-        return sequence
+        return self._insert(_INSERT, row)
 
     @overload
     def get_memory(self, session_id: str, memory_type: MemoryTypeLike, key: str) -> Any: ...
@@ -227,10 +226,8 @@ class MemoryOperations(Scope):
         """Whether a row has not expired."""
         if row[_TTL] is None:
             return True
-        try:
-            expires = expiry(decode_time(row[_TIME]), row[_TTL])
-        except (ValueError, TypeError) as error:
-            raise self._latest_fault(row) from error
+        decoder = self._decoder(_LATEST)
+        expires = expiry(decoder.value(row, _TIME), decoder.value(row, _TTL))
         return expires is None or self._clock() < expires
 
     def _latest_fault(self, row: Row) -> CorruptDataError:

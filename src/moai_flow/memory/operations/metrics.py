@@ -5,8 +5,7 @@ from datetime import datetime, timedelta
 from functools import cache
 from typing import Any, TypeVar
 
-from sqlalchemy import bindparam, insert, select
-from sqlalchemy.dialects.sqlite import insert as insert_unless
+from sqlalchemy import Dialect, Executable, bindparam, select
 
 from moai_flow.memory import inputs
 from moai_flow.memory.enums import (
@@ -20,21 +19,23 @@ from moai_flow.memory.enums import (
 from moai_flow.memory.errors import InvalidInputError
 from moai_flow.memory.models import AgentMetric, Record, SwarmMetric, TaskMetric, table_of, unsearched
 from moai_flow.memory.scope import Scope
-from moai_flow.memory.statements import Query, Statement
+from moai_flow.memory.statements import Insert, Query, Statement, insert_for
 
 R = TypeVar("R", bound=Record)
 
 _TASKS = table_of(TaskMetric)
-_INSERT_TASK = Statement(
-    insert_unless(_TASKS).on_conflict_do_nothing(index_elements=[_TASKS.c.task_id, _TASKS.c.timestamp]),
-    inserts=_TASKS.columns.keys(),
-)
-_INSERT_AGENT = Statement(
-    insert(table_of(AgentMetric)), inserts=("agent_id", "metric_type", "value", "metadata", "timestamp")
-)
-_INSERT_SWARM = Statement(
-    insert(table_of(SwarmMetric)), inserts=("swarm_id", "metric_type", "value", "metadata", "timestamp")
-)
+
+
+def _insert_unless_taken(dialect: Dialect) -> Executable:
+    key = [_TASKS.c.task_id, _TASKS.c.timestamp]
+    insertion = insert_for(dialect, _TASKS)
+    clause: Executable = insertion.on_conflict_do_nothing(index_elements=key)
+    return clause
+
+
+_INSERT_TASK = Statement(_insert_unless_taken)
+_INSERT_AGENT = Insert(table_of(AgentMetric), ("agent_id", "metric_type", "value", "metadata", "timestamp"))
+_INSERT_SWARM = Insert(table_of(SwarmMetric), ("swarm_id", "metric_type", "value", "metadata", "timestamp"))
 
 
 @cache
@@ -278,7 +279,7 @@ class MetricOperations(Scope):
 
     def _store_figure(
         self,
-        statement: Statement,
+        statement: Insert,
         row: dict[str, Any],
         value: float,
         metadata: dict[str, Any] | None,
@@ -287,8 +288,7 @@ class MetricOperations(Scope):
         row["value"] = inputs.number(value, field="value")
         row["metadata"] = inputs.json_object(metadata, field="metadata")
         row["timestamp"] = self._clock() if timestamp is None else inputs.moment(timestamp, field="timestamp")
-        metric_id: int = self._write(statement, row).lastrowid
-        return metric_id
+        return self._insert(statement, row)
 
     def _metrics(
         self,

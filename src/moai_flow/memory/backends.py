@@ -1,0 +1,261 @@
+"""What a driver's connection does, and what its errors mean: the one place that tells SQLite from PostgreSQL."""
+
+import sqlite3
+import sys
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from typing import Any, ClassVar
+
+from sqlalchemy import Dialect
+from sqlalchemy.exc import SQLAlchemyError, StatementError
+
+from moai_flow.memory.errors import BusyError, ConflictError, StorageError, SwarmDBError, TransactionError
+from moai_flow.memory.types import is_postgresql
+
+
+class Backend(ABC):
+    """How transactions begin and end on a driver's connection, which is in autocommit between them."""
+
+    #: Whether a statement that failed leaves the transaction as it was before it.
+    keeps_transactions: ClassVar[bool]
+
+    def __init__(self, error: type[Exception]) -> None:
+        """Take the root of the driver's errors."""
+        self.error = error
+
+    @abstractmethod
+    def is_open(self, raw: Any) -> bool:
+        """Whether the connection still is: somebody who was handed it may have closed it, or the server be gone."""
+
+    @abstractmethod
+    def in_transaction(self, raw: Any) -> bool:
+        """Whether a transaction is open on it."""
+
+    @abstractmethod
+    def begin(self, raw: Any, *, readonly: bool, alone: bool) -> None:
+        """Begin a transaction, and take the write lock where the database has one.
+
+        Args:
+            raw: The driver's connection.
+            readonly: Whether it only reads.
+            alone: Whether what it reads has to stay true until it commits.
+        """
+
+    @abstractmethod
+    def begin_reading(self, raw: Any) -> None:
+        """From here to the end of the innermost savepoint, show one snapshot, and refuse writes."""
+
+    @abstractmethod
+    def end_reading(self, raw: Any) -> None:
+        """Undo `begin_reading`, inside the same savepoint."""
+
+    @abstractmethod
+    def lend(self, raw: Any) -> None:
+        """Set the connection as a caller expects it: in the driver's implicit mode, with the rows that we promise."""
+
+    @abstractmethod
+    def take_back(self, raw: Any) -> None:
+        """Undo `lend`, and what `begin` set, outside any transaction."""
+
+    @abstractmethod
+    def inserted_key(self, cursor: Any) -> int:
+        """Return the number that the row got which *cursor* has just inserted."""
+
+    @abstractmethod
+    def chunks(self, raw: Any, sql: str, size: int) -> Iterator[list[Any]]:
+        """Yield the rows of *sql*, so many at a time, without holding all of them. It needs a transaction."""
+
+    @staticmethod
+    def reading_leniently(raw: Any) -> AbstractContextManager[None]:
+        """Return a context in which text that is no Unicode is read, if the database can hold such."""
+        return nullcontext()
+
+    @abstractmethod
+    def is_missing_savepoint(self, error: BaseException | None) -> bool:
+        """Whether *error* says that there is no such savepoint: the transaction that had it was ended."""
+
+    def guarded(self, raw: Any, where: str) -> AbstractContextManager[None]:
+        """Return a context in which an error leaves the transaction as it was before; *where* is for its own errors."""
+        return nullcontext() if self.keeps_transactions else self._savepoint(raw, where)
+
+    @contextmanager
+    def _savepoint(self, raw: Any, where: str) -> Iterator[None]:
+        try:
+            raw.execute("SAVEPOINT swarmdb_call")
+            try:
+                yield
+            except BaseException:
+                with suppress(self.error):  # The connection may be lost, as the error tells that is under way.
+                    raw.execute("ROLLBACK TO SAVEPOINT swarmdb_call")
+                    raw.execute("RELEASE SAVEPOINT swarmdb_call")
+                raise
+            raw.execute("RELEASE SAVEPOINT swarmdb_call")
+        except self.error as error:
+            raise translated(error, where) from error
+
+
+class SQLite(Backend):
+    """`sqlite3` of the standard library."""
+
+    keeps_transactions = True
+
+    def is_open(self, raw: Any) -> bool:
+        try:
+            raw.total_changes  # noqa: B018 (the one attribute that says so without a statement)
+        except sqlite3.ProgrammingError:
+            return False
+        return True
+
+    def in_transaction(self, raw: Any) -> bool:
+        return self.is_open(raw) and bool(raw.in_transaction)
+
+    def begin(self, raw: Any, *, readonly: bool, alone: bool) -> None:
+        raw.execute("BEGIN" if readonly else "BEGIN IMMEDIATE")
+
+    def begin_reading(self, raw: Any) -> None:
+        raw.execute("SELECT 1 FROM sqlite_master").fetchone()  # The first read is what the snapshot shows.
+        raw.execute("PRAGMA query_only = ON")
+
+    def end_reading(self, raw: Any) -> None:
+        raw.execute("PRAGMA query_only = OFF")
+
+    def lend(self, raw: Any) -> None:
+        # With implicit transactions, a statement after a raw commit() begins a new one, which the end of the block
+        # rolls back, instead of committing by itself.
+        raw.isolation_level = ""
+        raw.row_factory = sqlite3.Row
+
+    def take_back(self, raw: Any) -> None:
+        raw.isolation_level = None
+        raw.row_factory = None
+
+    def chunks(self, raw: Any, sql: str, size: int) -> Iterator[list[Any]]:
+        cursor = raw.execute(sql)
+        while chunk := cursor.fetchmany(size):
+            yield chunk
+
+    @staticmethod
+    @contextmanager
+    def reading_leniently(raw: Any) -> Iterator[None]:
+        raw.text_factory = _text_as_it_is
+        try:
+            yield
+        finally:
+            raw.text_factory = str
+
+    def is_missing_savepoint(self, error: BaseException | None) -> bool:
+        return isinstance(error, sqlite3.OperationalError)
+
+    def inserted_key(self, cursor: Any) -> int:
+        key: int = cursor.lastrowid
+        return key
+
+
+def _text_as_it_is(stored: bytes) -> str:
+    """Decode a stored text without failing: bytes that are not UTF-8 become lone surrogates."""
+    return stored.decode(errors="surrogateescape")
+
+
+class PostgreSQL(Backend):
+    """psycopg 3."""
+
+    keeps_transactions = False
+
+    def is_open(self, raw: Any) -> bool:
+        return not raw.closed
+
+    def in_transaction(self, raw: Any) -> bool:
+        return not raw.closed and raw.info.transaction_status != _IDLE
+
+    def begin(self, raw: Any, *, readonly: bool, alone: bool) -> None:
+        # The next statement begins it. So does one after a raw commit(): the end of the block rolls that back.
+        raw.autocommit = False
+        raw.read_only = readonly
+        raw.isolation_level = _REPEATABLE_READ if readonly else _SERIALIZABLE if alone else _READ_COMMITTED
+
+    def begin_reading(self, raw: Any) -> None:
+        raw.execute("SET TRANSACTION READ ONLY")
+        raw.execute("SELECT 1")  # The first query is what the snapshot shows.
+
+    def end_reading(self, raw: Any) -> None:
+        raw.execute("ROLLBACK TO SAVEPOINT swarmdb")
+
+    def lend(self, raw: Any) -> None:
+        if raw.autocommit:  # Inside a transaction it can't be set, nor need be.
+            raw.autocommit = False
+
+    def take_back(self, raw: Any) -> None:
+        raw.autocommit = True
+        raw.read_only = raw.isolation_level = None
+
+    def chunks(self, raw: Any, sql: str, size: int) -> Iterator[list[Any]]:
+        with raw.cursor(name="swarmdb_chunks") as cursor:
+            cursor.execute(sql)
+            while chunk := cursor.fetchmany(size):
+                yield chunk
+
+    def is_missing_savepoint(self, error: BaseException | None) -> bool:
+        return getattr(error, "sqlstate", None) in _NO_SAVEPOINT
+
+    def inserted_key(self, cursor: Any) -> int:
+        (key,) = cursor.fetchone()
+        return int(key)
+
+
+# As libpq and psycopg.IsolationLevel number them: importing psycopg is the dialect's business.
+_IDLE = 0
+_READ_COMMITTED, _REPEATABLE_READ, _SERIALIZABLE = 2, 3, 4
+
+
+def backend_of(dialect: Dialect) -> Backend:
+    """Return what drives connections of *dialect*."""
+    kind = PostgreSQL if is_postgresql(dialect) else SQLite
+    return kind(dialect.loaded_dbapi.Error)
+
+
+# Errors
+
+_BUSY = frozenset({sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED})
+
+#: What a retry may mend, by code: https://www.postgresql.org/docs/current/errcodes-appendix.html
+_CONFLICTING = {
+    "40001": "another transaction changed what this one had read",
+    "40P01": "this transaction and another waited for each other",
+    "55P03": "another user held the lock for longer than the busy timeout",
+}
+_NO_SAVEPOINT = frozenset({"3B001", "25P01"})
+_CONSTRAINT = "23"
+_ABORTED = "25P02"
+
+
+def is_of_database(error: Exception) -> bool:
+    """Whether *error* comes from a driver or from SQLAlchemy."""
+    psycopg = sys.modules.get("psycopg")  # Where it is not imported, no error can be its.
+    return isinstance(error, sqlite3.Error | SQLAlchemyError) or (
+        psycopg is not None and isinstance(error, psycopg.Error)
+    )
+
+
+def translated(error: Exception, where: str) -> SwarmDBError:
+    """Return what a driver's *error* means. SQLAlchemy's wrapping is taken off first."""
+    if isinstance(error, StatementError) and isinstance(error.orig, Exception):
+        return translated(error.orig, where)
+    if isinstance(error, SwarmDBError):
+        return error
+    message = f"{where}: {error}"
+    code = getattr(error, "sqlite_errorcode", None)
+    primary = None if code is None else code & 0xFF
+    state = getattr(error, "sqlstate", None) or ""
+    if primary in _BUSY:
+        return BusyError(f"{message}: another user held the database for longer than the busy timeout")
+    if state in _CONFLICTING:
+        return BusyError(f"{message}: {_CONFLICTING[state]}")
+    if primary == sqlite3.SQLITE_CONSTRAINT or state.startswith(_CONSTRAINT):
+        return ConflictError(message)
+    if state == _ABORTED:
+        return TransactionError(
+            f"{where}: a raw statement of this transaction failed, and its error was caught; PostgreSQL does nothing "
+            "more in it: let the error end the block, or put the statement into a block of its own"
+        )
+    return StorageError(message)

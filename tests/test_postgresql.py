@@ -1,0 +1,442 @@
+"""What is PostgreSQL's own: its types, its pool, its errors, and a server that goes away."""
+
+import logging
+import multiprocessing
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from datetime import UTC, datetime
+from multiprocessing.synchronize import Barrier
+from typing import Any
+from uuid import uuid4
+
+import psycopg
+import pytest
+from sqlalchemy import create_engine, make_url
+
+from moai_flow.memory import (
+    BusyError,
+    CorruptDataError,
+    EventData,
+    InvalidInputError,
+    SchemaError,
+    StorageError,
+    SwarmDB,
+    SwarmDBError,
+    TransactionError,
+)
+from moai_flow.memory.migrations import VERSION
+from postgres import Server
+
+EVENT: EventData = {"event_type": "spawn", "agent_id": "a", "agent_type": "t"}
+
+
+@pytest.fixture
+def store(postgres_url: str) -> Iterator[SwarmDB]:
+    with SwarmDB(url=postgres_url) as db:
+        yield db
+
+
+def run(url: str, statement: str, *parameters: Any) -> list[Any]:
+    """Run a statement as another program would."""
+    plain = make_url(url).set(drivername="postgresql").render_as_string(hide_password=False)
+    with psycopg.connect(plain, autocommit=True) as connection:
+        cursor = connection.execute(statement.encode(), parameters or None)
+        return cursor.fetchall() if cursor.description else []
+
+
+# Schema
+
+
+def test_columns_have_the_servers_types(postgres_url: str, store: SwarmDB) -> None:
+    found = run(
+        postgres_url,
+        "SELECT table_name || '.' || column_name, data_type, is_nullable, is_identity, collation_name "
+        "FROM information_schema.columns WHERE table_schema = 'public'",
+    )
+    types = {name: (kind, nullable, identity, collation) for name, kind, nullable, identity, collation in found}
+
+    assert types["agent_events.id"] == ("bigint", "NO", "YES", None)
+    assert types["agent_events.timestamp"] == ("timestamp with time zone", "NO", "NO", None)
+    assert types["agent_events.metadata"] == ("json", "YES", "NO", None)
+    assert types["agent_events.agent_id"] == ("text", "NO", "NO", "C")
+    assert types["agent_registry.spawn_time"] == ("double precision", "NO", "NO", None)
+    assert types["agent_registry.duration_ms"] == ("bigint", "YES", "NO", None)
+    assert types["task_metrics.timestamp"] == ("timestamp with time zone", "NO", "NO", None)
+
+
+def test_indexes_have_the_same_names_as_on_sqlite(postgres_url: str, store: SwarmDB) -> None:
+    with SwarmDB(":memory:") as other, other.transaction() as raw:
+        named = "SELECT name FROM sqlite_master WHERE type = 'index' AND name LIKE 'idx%'"
+        expected = {name for (name,) in raw.execute(named)}
+    found = run(postgres_url, "SELECT indexname FROM pg_indexes WHERE schemaname = 'public'")
+
+    assert {name for (name,) in found if name.startswith("idx")} == expected
+
+
+def test_json_is_kept_to_the_letter(store: SwarmDB) -> None:
+    value = {"b": 1, "a": 1e23, "ä": [1.0, -0.0, 2**70], "": None}
+    store.store_memory("s", "semantic", "k", value)
+
+    found = store.get_memory("s", "semantic", "k")
+    assert found == value
+    assert list(found) == list(value)
+    assert [type(item) for item in found["ä"]] == [float, float, int]
+
+
+@pytest.mark.parametrize("moment", [datetime.min.replace(tzinfo=UTC), datetime.max.replace(tzinfo=UTC)])
+def test_the_first_and_the_last_moment_come_back(store: SwarmDB, moment: datetime) -> None:
+    store.insert_event({**EVENT, "timestamp": moment})
+
+    (event,) = store.get_events()
+    assert event.timestamp == moment
+    assert event.timestamp.tzinfo is UTC
+
+
+# Opening
+
+
+@pytest.mark.parametrize("driver", ["postgresql", "postgresql+psycopg"])
+def test_both_spellings_of_the_url_open_it(postgres_url: str, driver: str) -> None:
+    with SwarmDB(url=make_url(postgres_url).set(drivername=driver)) as db:
+        assert db.schema_version == VERSION
+
+
+def test_a_callers_engine_is_welcome_and_stays_as_it_was(postgres_url: str) -> None:
+    engine = create_engine(postgres_url, pool_size=1, max_overflow=0)
+    with SwarmDB(engine=engine) as db:
+        with db.transaction():
+            db.register_agent("a", "t")
+        assert db.get_agent("a") is not None
+        db.store_memory("s", "semantic", "k", {"n": 1})
+        assert db.get_memory("s", "semantic", "k") == {"n": 1}
+    with engine.connect() as connection:
+        assert connection.exec_driver_sql("SHOW transaction_isolation").scalar_one() == "read committed"
+        assert not connection.connection.driver_connection.autocommit  # type: ignore[union-attr]
+        assert connection.exec_driver_sql("SELECT value FROM session_memory").scalar_one() == {"n": 1}
+    engine.dispose()
+
+
+def test_a_newer_schema_is_refused_and_nothing_is_written(postgres_url: str, store: SwarmDB) -> None:
+    run(postgres_url, "UPDATE schema_info SET value = '9.0.0' WHERE key = 'version'")
+    with pytest.raises(SchemaError, match=r"9\.0\.0"):
+        SwarmDB(url=postgres_url)
+    assert run(postgres_url, "SELECT value FROM schema_info WHERE key = 'version'") == [("9.0.0",)]
+
+
+def test_tables_of_another_kind_are_refused_and_nothing_is_made(postgres_url: str) -> None:
+    run(postgres_url, "CREATE TABLE agent_registry (agent_id TEXT PRIMARY KEY, status INTEGER)")
+    with pytest.raises(SchemaError, match=r"agent_registry.*agent_type \(missing.*status \(INTEGER"):
+        SwarmDB(url=postgres_url)
+    tables = run(postgres_url, "SELECT tablename FROM pg_tables WHERE schemaname = 'public'")
+    assert tables == [("agent_registry",)]
+
+
+def open_at_once(url: str, barrier: Barrier, number: int, results: Any) -> None:
+    barrier.wait()
+    try:
+        with SwarmDB(url=url) as db:
+            db.register_agent(f"agent-{number}", "t")
+            results.put(None)
+    except SwarmDBError as error:
+        results.put(repr(error))
+
+
+@pytest.mark.parametrize("shape", ["fresh", "2.0.0"])
+def test_16_processes_open_a_database_at_the_same_moment(postgres_url: str, shape: str) -> None:
+    if shape == "2.0.0":
+        with SwarmDB(url=postgres_url) as db:
+            db.register_agent("before", "t")
+        added = run(postgres_url, "SELECT indexname FROM pg_indexes WHERE indexname LIKE 'idx%_time'")
+        for (name,) in added:
+            run(postgres_url, f"DROP INDEX {name}")
+        run(postgres_url, "UPDATE schema_info SET value = '2.0.0' WHERE key = 'version'")
+        run(postgres_url, "DELETE FROM schema_info WHERE key = 'retention'")
+    context = multiprocessing.get_context("spawn")
+    barrier, results = context.Barrier(16), context.SimpleQueue()
+    processes = [
+        context.Process(target=open_at_once, args=(postgres_url, barrier, number, results)) for number in range(16)
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+
+    assert [results.get() for _ in processes] == [None] * 16
+    with SwarmDB(url=postgres_url) as db:
+        assert len(db.list_agents()) == (16 if shape == "fresh" else 17)
+        assert db.schema_version == VERSION
+        # Rows that were there before are not removed unasked.
+        with db.transaction() as raw:
+            (retention,) = raw.execute("SELECT value FROM schema_info WHERE key = 'retention'").fetchone()
+        assert retention == ("default" if shape == "fresh" else "off")
+    indexes = run(postgres_url, "SELECT count(*) FROM pg_indexes WHERE indexname = 'idx_agent_events_agent_time'")
+    assert indexes == [(1,)]
+
+
+# Errors
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"database": "nowhere"}, "nowhere"),
+        ({"query": {"host": "/nowhere"}}, "nowhere"),
+        ({"username": "nobody"}, "nobody"),
+        ({"host": "127.0.0.1", "port": 1, "query": {}}, "127.0.0.1"),
+    ],
+)
+def test_what_cannot_be_reached_is_a_storage_error_without_the_password(
+    postgres_url: str, change: dict[str, Any], reason: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG)
+    url = make_url(postgres_url).set(password="s3cret", **change)
+    with pytest.raises(StorageError, match=reason) as caught:
+        SwarmDB(url=url)
+    seen: BaseException | None = caught.value
+    while seen is not None:
+        assert "s3cret" not in str(seen) + repr(seen)
+        seen = seen.__cause__ or seen.__context__
+    assert "s3cret" not in caplog.text
+
+
+def test_a_password_is_never_shown(postgres_url: str, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.DEBUG)
+    url = make_url(postgres_url).set(password="s3cret")
+    with SwarmDB(url=url) as db:
+        db.insert_event(EVENT, event_id="e")
+        shown = [repr(db), str(db._location)]
+        with pytest.raises(SwarmDBError) as caught:
+            db.insert_event(EVENT, event_id="e")
+        shown += [str(caught.value), repr(caught.value)]
+        with pytest.raises(StorageError) as caught:
+            _ = db.db_path
+        shown.append(str(caught.value))
+    assert "s3cret" not in caplog.text + "".join(shown)
+
+
+def test_an_url_that_cannot_be_read_is_not_repeated() -> None:
+    with pytest.raises(InvalidInputError) as caught:
+        SwarmDB(url="postgresql://user:s3cret@host:port/x")
+    assert "s3cret" not in str(caught.value)
+
+
+def test_a_lock_that_is_held_too_long_is_a_busy_error(postgres_url: str, store: SwarmDB) -> None:
+    store.register_agent("a", "t")
+    with SwarmDB(url=postgres_url, busy_timeout=0.1) as other, store.transaction():
+        store.update_agent_status("a", "running")
+        with pytest.raises(BusyError, match="busy timeout"):
+            other.update_agent_status("a", "complete")
+        assert other.get_agent("a").status == "spawned"  # type: ignore[union-attr]
+
+
+def test_transactions_that_wait_for_each_other_are_a_busy_error(store: SwarmDB) -> None:
+    for name in "ab":
+        store.register_agent(name, "t")
+    barrier = threading.Barrier(2)
+
+    def update(first: str, second: str) -> str:
+        try:
+            with store.transaction():
+                store.update_agent_status(first, "running")
+                barrier.wait()
+                store.update_agent_status(second, "running")
+        except BusyError as error:
+            return str(error)
+        return ""
+
+    with ThreadPoolExecutor(2) as pool:
+        told = [future.result() for future in [pool.submit(update, "a", "b"), pool.submit(update, "b", "a")]]
+    assert any("waited for each other" in message or "changed what this one had read" in message for message in told)
+
+
+def test_read_modify_write_in_two_transactions_loses_no_update(store: SwarmDB) -> None:
+    store.register_agent("counter", "t", metadata={"n": 0})
+    threads, each = 4, 10
+    ready = threading.Barrier(threads)
+
+    def work() -> int:
+        successes = 0
+        ready.wait()
+        while successes < each:
+            try:
+                with store.transaction():
+                    agent = store.get_agent("counter")
+                    assert agent is not None
+                    store.register_agent("counter", "t", metadata={"n": agent.metadata_["n"] + 1})
+            except BusyError:
+                continue
+            successes += 1
+        return successes
+
+    with ThreadPoolExecutor(threads) as pool:
+        assert sum(pool.map(lambda _: work(), range(threads))) == threads * each
+    assert store.get_agent("counter").metadata_ == {"n": threads * each}  # type: ignore[union-attr]
+
+
+def test_a_statement_that_takes_too_long_is_a_storage_error(postgres_url: str) -> None:
+    with SwarmDB(url=postgres_url, statement_timeout=0.1) as db:
+        with pytest.raises(psycopg.errors.QueryCanceled), db.transaction() as raw:
+            raw.execute("SELECT pg_sleep(10)")
+        db.register_agent("a", "t")
+
+
+def test_a_caught_conflict_of_a_domain_call_leaves_the_block_as_it_was(store: SwarmDB) -> None:
+    with store.transaction():
+        store.insert_event(EVENT, event_id="taken")
+        with pytest.raises(SwarmDBError):
+            store.insert_event(EVENT, event_id="taken")
+        store.register_agent("a", "t")
+
+    assert len(store.get_events()) == 1
+    assert store.get_agent("a") is not None
+
+
+def test_a_caught_error_of_raw_sql_ends_the_block_and_says_why(store: SwarmDB) -> None:
+    with pytest.raises(TransactionError, match="block of its own"), store.transaction() as raw:
+        store.register_agent("a", "t")
+        with suppress(psycopg.Error):
+            raw.execute("SELECT nothing")
+        store.register_agent("b", "t")
+    assert store.list_agents() == []
+
+    with store.transaction() as raw:
+        store.register_agent("a", "t")
+        with suppress(psycopg.Error), store.transaction():
+            raw.execute("SELECT nothing")
+        store.register_agent("b", "t")
+    assert len(store.list_agents()) == 2
+
+
+def test_an_id_that_no_index_can_hold_is_a_storage_error(store: SwarmDB) -> None:
+    noise = "".join(chr(0x4E00 + number * 7919 % 20000) for number in range(3000))  # It can't be compressed either.
+    with pytest.raises(StorageError, match="index"):
+        store.register_agent(noise, "t")
+    store.register_agent("a", "t")
+
+
+# Rows that can't be decoded
+
+
+def test_a_value_that_cannot_be_decoded_is_named_and_can_be_moved_away(postgres_url: str, store: SwarmDB) -> None:
+    for name in ("bad", "good"):
+        store.insert_event({**EVENT, "agent_id": name})
+        store.register_agent(name, "t")
+    run(postgres_url, "UPDATE agent_events SET metadata = '[1]' WHERE agent_id = 'bad'")
+    run(postgres_url, "UPDATE agent_registry SET spawn_time = 1e300 WHERE agent_id = 'bad'")
+    with pytest.raises(CorruptDataError, match=r"agent_events\.metadata.*JSON object"):
+        store.get_events()
+    with pytest.raises(CorruptDataError, match=r"agent_registry\.spawn_time"):
+        store.get_agent("bad")
+
+    assert len(store.check().undecodable) == 2
+    assert store.check(quarantine=True).quarantined == 2
+    assert [event.agent_id for event in store.get_events()] == ["good"]
+    assert store.get_agent("bad") is None
+    assert store.check().ok
+    assert run(postgres_url, "SELECT metadata::text FROM agent_events_quarantine") == [("[1]",)]
+    assert run(postgres_url, "SELECT spawn_time FROM agent_registry_quarantine") == [(1e300,)]
+
+
+# The pool, and a server that goes away
+
+
+def test_the_pool_opens_as_many_connections_as_it_may(postgres_url: str) -> None:
+    with SwarmDB(url=postgres_url, pool_size=2, busy_timeout=0.2) as db:
+        inside, leave = threading.Barrier(3), threading.Event()
+
+        def hold() -> None:
+            with db.session(readonly=True):
+                inside.wait()
+                leave.wait()
+
+        holders = [threading.Thread(target=hold) for _ in range(2)]
+        for holder in holders:
+            holder.start()
+        inside.wait()
+        with pytest.raises(BusyError, match="all 2 connections"):
+            db.get_agent("a")
+        leave.set()
+        for holder in holders:
+            holder.join()
+        with ThreadPoolExecutor(8) as pool:
+            list(pool.map(lambda number: db.insert_event(EVENT), range(100)))
+        name = make_url(postgres_url).database
+        ours = run(postgres_url, "SELECT count(*) FROM pg_stat_activity WHERE datname = %s", name)
+        assert ours[0][0] <= 3  # The two, and the one that asks.
+        assert len(db.get_events(limit=1000)) == 100
+
+
+def test_a_read_goes_on_where_its_connection_was_lost_and_a_write_tells(postgres_url: str, store: SwarmDB) -> None:
+    others = "datname = current_database() AND pid <> pg_backend_pid()"
+    lose = f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE {others}"
+    store.register_agent("a", "t")
+    run(postgres_url, lose)
+    assert store.get_agent("a") is not None
+
+    run(postgres_url, lose)
+    with pytest.raises(StorageError):
+        store.register_agent("b", "t")
+    assert [agent.agent_id for agent in store.list_agents()] == ["a"]  # It is never repeated in silence.
+    store.register_agent("b", "t")
+
+    with pytest.raises(SwarmDBError), store.transaction():
+        store.register_agent("c", "t")
+        run(postgres_url, lose)
+        store.register_agent("d", "t")
+    assert {agent.agent_id for agent in store.list_agents()} == {"a", "b"}
+
+
+def write_until_told(url: str, number: int, opened: Barrier, stop: Any, results: Any) -> None:
+    acknowledged, failures, after = [], [], 0
+    with SwarmDB(url=url) as db:
+        opened.wait()
+        while not stop.is_set():
+            name = f"{number}-{uuid4()}"
+            try:
+                acknowledged.append(db.insert_event(EVENT, event_id=name))
+                after += 1
+            except SwarmDBError:
+                failures.append(name)
+                after = 0
+                time.sleep(0.01)
+            except BaseException as error:
+                results.put((acknowledged, failures, after, repr(error)))
+                raise
+    results.put((acknowledged, failures, after, None))
+
+
+def test_8_writing_processes_go_on_after_the_server_was_stopped_and_started(
+    postgres_server: Server, postgres_url: str
+) -> None:
+    SwarmDB(url=postgres_url).close()
+    context = multiprocessing.get_context("spawn")
+    opened, stop, results = context.Barrier(9), context.Event(), context.SimpleQueue()
+    writers = [
+        context.Process(target=write_until_told, args=(postgres_url, number, opened, stop, results))
+        for number in range(8)
+    ]
+    for writer in writers:
+        writer.start()
+    found: list[Any] = []
+    collector = threading.Thread(target=lambda: found.extend(results.get() for _ in writers))
+    collector.start()
+    opened.wait()
+    time.sleep(1)
+    postgres_server.stop()
+    time.sleep(0.5)
+    postgres_server.start()
+    time.sleep(2)
+    stop.set()
+    collector.join()
+    for writer in writers:
+        writer.join()
+
+    assert [unexpected for *_, unexpected in found if unexpected is not None] == []
+    acknowledged = {name for names, *_ in found for name in names}
+    with SwarmDB(url=postgres_url) as db:
+        there = {event.event_id for event in db.iter_events()}
+    assert acknowledged <= there
+    assert all(failures and after for _, failures, after, _ in found)  # Each met the stop, and wrote after it.
