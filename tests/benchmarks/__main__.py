@@ -9,7 +9,7 @@ from pathlib import Path
 
 from moai_flow.memory import SwarmDB
 
-from . import concurrency, report, starting
+from . import concurrency, report, server, starting
 from .dataset import build_pair, copy_of, warm
 from .measuring import Measurement
 from .operations import CASES, Case, measure
@@ -56,6 +56,8 @@ def _measurements(options: argparse.Namespace, folder: Path) -> Iterator[Measure
             path.unlink()
     if options.only in "import moai_flow.memory":
         yield starting.measure_import(rounds=options.rounds * 2)
+    if options.server:
+        yield from server.measurements(FULL_ROWS, options.only, rounds=options.rounds)
     if options.peers:
         from . import peers  # What it imports is in an extra of its own.
 
@@ -92,6 +94,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--rows", type=int, nargs="+", default=[1_000, 100_000, 1_000_000], help="rows of each table")
     parser.add_argument("--rounds", type=int, default=15, help="rounds of each side; the median of them counts")
     parser.add_argument("--only", default="", metavar="TEXT", help="only operations with this in their name")
+    parser.add_argument("--server", action="store_true", help="measure on PostgreSQL too, on a server of its own")
     parser.add_argument("--peers", action="store_true", help="compare with other libraries too (extra: bench)")
     parser.add_argument("--folder", type=Path, help="where the files are made: a disk, to measure what a disk costs")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every figure into this file")

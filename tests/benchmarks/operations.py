@@ -11,7 +11,7 @@ from moai_flow.memory import AgentEvent, EventCursor, SwarmDB
 
 from .dataset import METADATA, START, STEP, VALUE, agent, agents_at_work, memory_of
 from .measuring import Measurement, compare, timed
-from .raw import INSERT_EVENT, RawSwarm, iso
+from .raw import INSERT_EVENT, iso
 
 #: A store of either side: what is called on it has the same name and parameters there.
 Store = Any
@@ -302,7 +302,7 @@ def _backup_path(store: Store) -> Path:
     return path.with_suffix(".backup")
 
 
-def measure(case: Case, ours: SwarmDB, raw: RawSwarm, rows: int, *, durability: str, rounds: int) -> Measurement:
+def measure(case: Case, ours: SwarmDB, raw: Store, rows: int, *, durability: str, rounds: int) -> Measurement:
     """Measure one operation on two files of *rows* rows."""
     if case.calls == 1:
         rounds = max(3, rounds // 3)

@@ -71,10 +71,10 @@ def write_plot(found: Iterable[Measurement], target: Path) -> None:
     marks = [(at, measurement.at_most) for at, measurement in enumerate(chosen) if measurement.at_most is not None]
     axes.plot([bar for _, bar in marks], [at for at, _ in marks], "|", color="#c62828", markersize=10, label="at most")
     axes.axvline(1, color="#616161", linewidth=1)
-    axes.set_xlabel("time, as a multiple of raw sqlite3 doing the same (1 is equal, less is faster)")
+    axes.set_xlabel("multiple of raw sqlite3: 1 is equal, less is faster")
     axes.invert_yaxis()
     axes.margins(y=0.01)
-    axes.legend(loc="lower right")
+    axes.legend(loc="upper right")
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
     figure.savefig(target, format="svg", metadata={"Date": None})

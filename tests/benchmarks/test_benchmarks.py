@@ -12,15 +12,17 @@ from typing import Any
 
 import pytest
 
+from benchmarks import server
 from benchmarks.dataset import build_pair, content
 from benchmarks.measuring import Measurement, compare
 from benchmarks.operations import CASES, Case
-from benchmarks.raw import RawSwarm
+from benchmarks.raw import TABLES, RawSwarm
 from benchmarks.report import write_json, write_markdown
 from conftest import REPOSITORY, Clock
 from moai_flow.memory import CheckReport, SwarmDB
-from moai_flow.memory.models import Record
+from moai_flow.memory.models import Record, new_id
 from moai_flow.memory.types import decode_time
+from postgres import Server
 
 ROWS = 1000
 TIMES = {"timestamp", "created_at", "last_updated"}
@@ -85,6 +87,35 @@ def test_both_sides_do_the_same_work(case: Case, pair: tuple[SwarmDB, RawSwarm])
     assert content(ours.db_path) == after
     # Whether it is a write is what decides on which durability it is measured.
     assert (after != before) == (case.writes and case.method != "vacuum")
+
+
+@pytest.fixture(scope="module")
+def servers(postgres_server: Server) -> Iterator[tuple[SwarmDB, server.RawServer]]:
+    urls = [server.fill(postgres_server.create_database(), ROWS, new_id) for _ in range(2)]
+    with SwarmDB(url=urls[0]) as db, closing(server.RawServer(urls[1])) as floor:
+        yield db, floor
+    for url in urls:
+        postgres_server.drop_database(url)
+
+
+# Reading comes first, while both hold the same moments.
+ON_SERVER = sorted((case for case in CASES if case.name in server.BARS), key=lambda case: case.writes)
+
+
+@pytest.mark.parametrize("case", ON_SERVER, ids=lambda case: case.name)
+def test_both_sides_do_the_same_work_on_a_server(case: Case, servers: tuple[SwarmDB, server.RawServer]) -> None:
+    ours, raw = servers
+    for number in range(3):
+        mine, other = plain(case.call(ours, number, ROWS)), plain(case.call(raw, number, ROWS))
+        if isinstance(mine, dict):
+            mine, other = ({**row, "last_updated": None} for row in (mine, other))
+        if case.method not in OF_ITS_OWN | {"store_task_metric"}:
+            assert mine == other
+    with ours.transaction() as one:
+        counts = "SELECT count(*) FROM {}"
+        for table in TABLES:
+            count = counts.format(table)
+            assert one.execute(count).fetchone()[0] == raw.raw.execute(count.encode()).fetchone()["count"]  # type: ignore[index]
 
 
 def test_every_public_operation_is_measured() -> None:

@@ -8,6 +8,7 @@ SQLAlchemy's execution events and ``echo``, so statements are logged here, at de
 import logging
 import sqlite3
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from copy import copy
 from typing import Any, Generic, TypeVar, cast
 
 from sqlalchemy import Column, Dialect, Executable, Table, bindparam, insert
@@ -27,7 +28,7 @@ R = TypeVar("R", bound=Record)
 Row = Sequence[Any]
 
 #: Values as a driver wants them.
-Bound = tuple[Any, ...] | dict[str, Any]
+Bound = tuple[Any, ...]
 
 
 #: A clause, or what makes it for a dialect, where no clause suits all.
@@ -50,15 +51,18 @@ class Statement:
 class Insert(Statement):
     """A statement that adds rows to a table, with values for some of its columns."""
 
-    def __init__(self, table: Table, columns: Iterable[str]) -> None:
+    def __init__(self, table: Table, columns: Iterable[str], *, number: Column[int] | None = None) -> None:
+        """Add to *table*; *number* is the column whose value callers want to know, where the database gives it."""
         super().__init__(insert(table))
         self.columns = tuple(columns)
         self._table = table
+        self._number = number
 
     def clause_for(self, dialect: Dialect) -> Executable:
         """Return the clause to compile for *dialect*. Where the driver does not tell the row's number, that does."""
-        numbers = [column for column in self._table.primary_key if column.identity]
-        return insert(self._table).returning(*numbers) if is_postgresql(dialect) else super().clause_for(dialect)
+        if self._number is None or not is_postgresql(dialect):
+            return super().clause_for(dialect)
+        return insert(self._table).returning(self._number)
 
 
 class Query(Statement, Generic[R]):
@@ -86,30 +90,27 @@ class Program:
         """Compile *statement*; *where* is what errors call the database."""
         clause = cast(ClauseElement, statement.clause_for(dialect))
         column_keys = list(statement.columns) if isinstance(statement, Insert) else None
-        compiled = cast(SQLCompiler, clause.compile(dialect=dialect, column_keys=column_keys))
+        compiled = cast(SQLCompiler, clause.compile(dialect=_by_position(dialect), column_keys=column_keys))
         self.sql = compiled.string
         self.backend = backend_of(dialect)
         self._where = where
-        self._is_positional = compiled.positional
-        names = (compiled.positiontup or ()) if compiled.positional else compiled.binds
         self._slots = [
-            (name, compiled.binds[name].type.dialect_impl(dialect).bind_processor(dialect)) for name in names
+            (name, compiled.binds[name].type.dialect_impl(dialect).bind_processor(dialect))
+            for name in compiled.positiontup or ()
         ]
-        self._names = [name for name, _ in self._slots]
         # SQLite's LIMIT comes with an OFFSET of its own, and constants in the clause are binds as well.
         self._constants = {name: bind.value for name, bind in compiled.binds.items() if not bind.required}
         self.rows = RowDecoder(statement.model, dialect) if isinstance(statement, Query) else None
 
     def bind(self, values: Mapping[str, Any]) -> Bound:
-        """Return *values*, by name, as the driver wants them: encoded, by name or in the statement's order.
+        """Return *values*, by name, as the driver wants them: encoded, in the statement's order.
 
         Raises:
             InvalidInputError: If a value can't be encoded.
         """
         if self._constants:
             values = {**self._constants, **values}
-        encoded = [values[name] if encode is None else encode(values[name]) for name, encode in self._slots]
-        return tuple(encoded) if self._is_positional else dict(zip(self._names, encoded, strict=True))
+        return tuple([values[name] if encode is None else encode(values[name]) for name, encode in self._slots])
 
     def fetch(self, raw: Any, bound: Bound) -> list[Row]:
         """Run on a driver's connection and return every row.
@@ -151,6 +152,15 @@ class Program:
             raw.cursor().executemany(self.sql, bound)
         except self.backend.error as error:
             raise translated(error, self._where) from error
+
+
+def _by_position(dialect: Dialect) -> Dialect:
+    """Return *dialect* with parameters by position, which every driver takes, and psycopg faster than by name."""
+    if dialect.positional:
+        return dialect
+    by_position = copy(dialect)
+    by_position.positional, by_position.paramstyle = True, "format"
+    return by_position
 
 
 class Programs(dict[Statement, Program]):

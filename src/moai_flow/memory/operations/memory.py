@@ -31,6 +31,7 @@ _VALUE, _TIME, _TTL = (list(_MEMORY.columns.keys()).index(name) for name in ("va
 _INSERT = Insert(
     _MEMORY,
     ("session_id", "memory_type", "key", "value", "timestamp", "ttl_hours", "created_at"),
+    number=_MEMORY.c.id,
 )
 _LATEST = Query(SessionMemory, select(_MEMORY).where(*_KEY).order_by(_NEWEST_WRITE_FIRST).limit(1))
 _HISTORY = Query(SessionMemory, select(_MEMORY).where(*_KEY).order_by(_NEWEST_WRITE_FIRST))

@@ -34,8 +34,14 @@ def _insert_unless_taken(dialect: Dialect) -> Executable:
 
 
 _INSERT_TASK = Statement(_insert_unless_taken)
-_INSERT_AGENT = Insert(table_of(AgentMetric), ("agent_id", "metric_type", "value", "metadata", "timestamp"))
-_INSERT_SWARM = Insert(table_of(SwarmMetric), ("swarm_id", "metric_type", "value", "metadata", "timestamp"))
+
+
+def _numbered(model: type[Record], owner: str) -> Insert:
+    table = table_of(model)
+    return Insert(table, (owner, "metric_type", "value", "metadata", "timestamp"), number=table.c.metric_id)
+
+
+_INSERT_AGENT, _INSERT_SWARM = _numbered(AgentMetric, "agent_id"), _numbered(SwarmMetric, "swarm_id")
 
 
 @cache
