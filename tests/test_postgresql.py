@@ -389,6 +389,22 @@ def test_a_read_goes_on_where_its_connection_was_lost_and_a_write_tells(postgres
     assert {agent.agent_id for agent in store.list_agents()} == {"a", "b"}
 
 
+def test_of_many_idle_connections_that_were_lost_one_failed_call_is_enough(postgres_url: str, store: SwarmDB) -> None:
+    together = threading.Barrier(4)
+
+    def hold(number: int) -> None:
+        with store.session(readonly=True):
+            together.wait()
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(hold, range(4)))
+    others = "datname = current_database() AND pid <> pg_backend_pid()"
+    assert len(run(postgres_url, f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE {others}")) == 4
+    with pytest.raises(StorageError):
+        store.register_agent("a", "t")
+    store.register_agent("b", "t")
+
+
 def write_until_told(url: str, number: int, opened: Barrier, stop: Any, results: Any) -> None:
     acknowledged, failures, after = [], [], 0
     with SwarmDB(url=url) as db:
