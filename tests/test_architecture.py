@@ -24,6 +24,7 @@ LAYERS = [
     ["scope"],
     ["operations.agents", "operations.events", "operations.maintenance", "operations.memory", "operations.metrics"],
     ["db"],
+    ["transfer"],
 ]
 LEVEL = {module: level for level, modules in enumerate(LAYERS) for module in modules}
 ON_TOP = {"__init__", "__main__", "cli", "demo"}

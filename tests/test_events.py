@@ -264,3 +264,9 @@ def test_naive_times_are_local(db: SwarmDB, monkeypatch: pytest.MonkeyPatch) -> 
         time.tzset()
 
     assert [one.timestamp for one in found] == [datetime(2025, 11, 30, 10, tzinfo=UTC)] * 2
+
+
+def test_a_word_that_no_text_can_hold_is_refused_as_a_filter(db: SwarmDB) -> None:
+    for word in ("a\ud800b", "a\0b"):
+        with pytest.raises(InvalidInputError, match="event_type"):
+            db.get_events(event_type=EventType.read(word))

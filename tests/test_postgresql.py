@@ -1,7 +1,11 @@
 """What is PostgreSQL's own: its types, its pool, its errors, and a server that goes away."""
 
+import contextlib
+import gc
 import logging
 import multiprocessing
+import os
+import signal
 import threading
 import time
 from collections.abc import Iterator
@@ -9,18 +13,19 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from datetime import UTC, datetime
 from multiprocessing.synchronize import Barrier
+from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
 import psycopg
 import pytest
+from psycopg.rows import dict_row
 from sqlalchemy import create_engine, make_url
 
 from moai_flow.memory import (
     BusyError,
     CorruptDataError,
     EventData,
-    InvalidInputError,
     SchemaError,
     StorageError,
     SwarmDB,
@@ -217,10 +222,40 @@ def test_a_password_is_never_shown(postgres_url: str, caplog: pytest.LogCaptureF
     assert "s3cret" not in caplog.text + "".join(shown)
 
 
-def test_an_url_that_cannot_be_read_is_not_repeated() -> None:
-    with pytest.raises(InvalidInputError) as caught:
-        SwarmDB(url="postgresql://user:s3cret@host:port/x")
-    assert "s3cret" not in str(caught.value)
+@pytest.mark.parametrize(
+    "places",
+    [
+        {"url": "postgresql://user:s3cret@host:port/x"},
+        {"url": "postgresql://user@127.0.0.1:1/x?password=s3cret"},
+        {"url": "postgresql://user:s3cret\ud800@127.0.0.1:1/x"},
+        {"url": "postgresql+asyncpg://user:s3cret@host/x?password=s3cret"},
+        {"url": "mysql://user@host/x?passwd=s3cret"},
+        {"url": "sqlite:///x.db?password=s3cret"},
+        {"db_path": "x.db", "url": "postgresql://user:s3cret@host/x"},
+        {"db_path": "postgresql://user:s3cret@host/x"},
+        {"engine": "postgresql://user:s3cret@host/x"},
+    ],
+)
+def test_a_password_in_the_wrong_place_is_not_shown_either(places: dict[str, Any], tmp_path: Path) -> None:
+    with contextlib.chdir(tmp_path), pytest.raises(SwarmDBError) as caught:
+        SwarmDB(**places)
+    assert "s3cret" not in str(caught.value) + repr(caught.value) + repr(vars(caught.value))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_no_patience_is_no_waiting(postgres_url: str, store: SwarmDB) -> None:
+    store.register_agent("a", "t")
+    with SwarmDB(url=postgres_url, busy_timeout=0) as other, store.transaction():
+        store.update_agent_status("a", "running")
+        with pytest.raises(BusyError):
+            other.update_agent_status("a", "complete")
+
+
+@pytest.mark.parametrize("columns", ["version int", "key int, value text", "key text, value text"])
+def test_a_schema_info_of_another_program_is_refused(postgres_url: str, columns: str) -> None:
+    run(postgres_url, f"CREATE TABLE schema_info ({columns})")
+    with pytest.raises(SchemaError, match="schema_info"):
+        SwarmDB(url=postgres_url)
 
 
 def test_a_lock_that_is_held_too_long_is_a_busy_error(postgres_url: str, store: SwarmDB) -> None:
@@ -308,6 +343,36 @@ def test_a_caught_error_of_raw_sql_ends_the_block_and_says_why(store: SwarmDB) -
             raw.execute("SELECT nothing")
         store.register_agent("b", "t")
     assert len(store.list_agents()) == 2
+
+
+def test_a_time_that_no_datetime_holds_is_named_and_can_be_moved_away(postgres_url: str, store: SwarmDB) -> None:
+    for name in ("bad", "good"):
+        store.insert_event({**EVENT, "agent_id": name})
+        store.store_memory("s", "semantic", name, 1, ttl_hours=1)
+    run(postgres_url, "UPDATE agent_events SET timestamp = 'infinity' WHERE agent_id = 'bad'")
+    run(postgres_url, "UPDATE session_memory SET timestamp = '-infinity' WHERE key = 'bad'")
+    with pytest.raises(CorruptDataError, match=r"agent_events\.timestamp of the row with id=1.*'infinity'"):
+        store.get_events()
+    with pytest.raises(CorruptDataError, match=r"session_memory\.timestamp"):
+        store.get_memory("s", "semantic", "bad")
+    assert store.get_memory("s", "semantic", "good") == 1
+    with store.transaction():
+        with pytest.raises(CorruptDataError):
+            store.list_memories("s")
+        store.register_agent("a", "t")
+
+    assert [fault.column for fault in store.check().undecodable] == ["timestamp", "timestamp"]
+    assert store.check(quarantine=True).quarantined == 2
+    assert [event.agent_id for event in store.get_events()] == ["good"]
+    assert [memory.key for memory in store.list_memories("s")] == ["good"]
+    assert run(postgres_url, "SELECT timestamp::text FROM agent_events_quarantine") == [("infinity",)]
+
+
+def test_text_in_another_order_is_refused(postgres_url: str, store: SwarmDB) -> None:
+    run(postgres_url, 'ALTER TABLE agent_registry ALTER agent_id TYPE TEXT COLLATE "default"')
+    run(postgres_url, "UPDATE schema_info SET value = '2.0.0' WHERE key = 'version'")
+    with pytest.raises(SchemaError, match=r'agent_registry.*agent_id \(TEXT, not TEXT COLLATE "C"\)'):
+        SwarmDB(url=postgres_url)
 
 
 def test_an_id_that_no_index_can_hold_is_a_storage_error(store: SwarmDB) -> None:
@@ -405,6 +470,117 @@ def test_of_many_idle_connections_that_were_lost_one_failed_call_is_enough(postg
     store.register_agent("b", "t")
 
 
+def test_threads_that_hold_a_raw_connection_read_beside_it_however_small_the_pool(postgres_url: str) -> None:
+    with SwarmDB(url=postgres_url, pool_size=1, busy_timeout=5) as db:
+        db.register_agent("a", "t")
+
+        def read(number: int) -> object:
+            db._get_connection().execute("SELECT 1")
+            return db.get_agent("a")
+
+        with ThreadPoolExecutor(4) as pool:
+            assert None not in list(pool.map(read, range(8)))
+        db._get_connection().close()  # type: ignore[attr-defined]
+        assert db._get_connection().execute("SELECT 1").fetchone() == (1,)
+
+
+def test_what_a_block_sets_on_its_connection_ends_with_it(store: SwarmDB) -> None:
+    store.register_agent("a", "t")
+    with store.transaction() as raw:
+        raw.row_factory = dict_row  # type: ignore[attr-defined]
+        assert store.get_agent("a") is not None
+        assert store.store_memory("s", "semantic", "k", 1) > 0
+        assert raw.execute("SELECT agent_id FROM agent_registry").fetchone() == {"agent_id": "a"}
+    with store.transaction() as raw:
+        assert raw.execute("SELECT agent_id FROM agent_registry").fetchone() == ("a",)
+
+
+class SoftLimitError(Exception):
+    """What a job queue raises in a job that takes too long."""
+
+
+@pytest.mark.parametrize("exception", [SoftLimitError, KeyboardInterrupt])
+def test_an_interrupt_in_the_middle_of_a_statement_leaves_the_pool_whole(
+    postgres_url: str, exception: type[BaseException]
+) -> None:
+    def interrupt(number: int, frame: object) -> None:
+        raise exception
+
+    with SwarmDB(url=postgres_url, pool_size=1) as db, SwarmDB(url=postgres_url) as other:
+        db.register_agent("a", "t")
+        previous = signal.signal(signal.SIGALRM, interrupt)
+        try:
+            for _ in range(3):
+                with other.transaction():
+                    other.update_agent_status("a", "running")
+                    signal.setitimer(signal.ITIMER_REAL, 0.1)
+                    with pytest.raises(exception):
+                        db.update_agent_status("a", "complete")
+                assert db.get_agent("a") is not None
+                db.register_agent("b", "t")
+        finally:
+            signal.signal(signal.SIGALRM, previous)
+
+
+# An interrupt inside psycopg.connect() leaves psycopg's own half-open connection to the garbage collector.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_interrupts_at_any_moment_cost_no_place_in_the_pool(postgres_url: str) -> None:
+    def interrupt(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    with SwarmDB(url=postgres_url, pool_size=2, busy_timeout=2) as db:
+        previous = signal.signal(signal.SIGALRM, interrupt)
+        try:
+            for number in range(300):
+                with suppress(KeyboardInterrupt):
+                    signal.setitimer(signal.ITIMER_REAL, 0.0005 + number % 50 * 0.0001)
+                    # An interrupt that meets a finalizer is not seen here.
+                    deadline = time.monotonic() + 0.02
+                    while time.monotonic() < deadline:
+                        with suppress(SwarmDBError):
+                            with db.transaction():
+                                db.register_agent("a", "t")
+                            db.get_agent("a")
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, previous)
+        gc.collect()
+        inside = threading.Barrier(2)
+
+        def hold(number: int) -> bool:
+            with db.session(readonly=True):
+                inside.wait(10)
+                return True
+
+        with ThreadPoolExecutor(2) as pool:
+            assert list(pool.map(hold, range(2))) == [True, True]
+
+
+def test_a_fork_leaves_the_connections_to_the_parent(postgres_url: str, store: SwarmDB) -> None:
+    store.register_agent("a", "t")
+    raw = store._get_connection()
+    raw.execute("SELECT 1")
+    raw.rollback()
+    child = os.fork()
+    if child == 0:
+        store.register_agent("child", "t")
+        gc.collect()
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+    store.register_agent("b", "t")
+    assert raw.execute("SELECT count(*) FROM agent_registry").fetchone() == (3,)
+    raw.rollback()
+
+
+def test_deleting_a_key_many_times_at_once_is_no_error(store: SwarmDB) -> None:
+    for number in range(20):
+        store.store_memory("s", "semantic", f"k-{number}", 1)
+    with ThreadPoolExecutor(4) as pool:
+        deleted = list(pool.map(lambda number: store.delete_memory("s", "semantic", f"k-{number % 20}"), range(80)))
+    assert sum(deleted) >= 20
+    assert store.list_memories("s") == []
+
+
 def write_until_told(url: str, number: int, opened: Barrier, stop: Any, results: Any) -> None:
     acknowledged, failures, after = [], [], 0
     with SwarmDB(url=url) as db:
@@ -455,4 +631,5 @@ def test_8_writing_processes_go_on_after_the_server_was_stopped_and_started(
     with SwarmDB(url=postgres_url) as db:
         there = {event.event_id for event in db.iter_events()}
     assert acknowledged <= there
-    assert all(failures and after for _, failures, after, _ in found)  # Each met the stop, and wrote after it.
+    # Each met the stop, and wrote after it.
+    assert [(len(failures), after) for _, failures, after, _ in found if not failures or not after] == []

@@ -3,10 +3,13 @@
 import copy
 import gc
 import pickle
+import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from sqlalchemy import inspect
+from sqlalchemy.orm.exc import UnmappedInstanceError
 from sqlmodel import select
 
 from moai_flow.memory import AgentEvent, EventType, RegisteredAgent, SwarmDB
@@ -94,6 +97,23 @@ def test_a_session_gives_back_the_row_that_was_added_to_it(db: SwarmDB, agent: R
         session.add(agent)
         assert session.exec(select(RegisteredAgent)).one() is agent
         assert session.get(RegisteredAgent, "a") is agent
+
+
+def test_a_row_that_was_constructed_without_validation_is_not_taken_for_a_stored_one(db: SwarmDB) -> None:
+    with pytest.raises(UnmappedInstanceError), db.session() as session:
+        session.add(RegisteredAgent.model_construct(agent_id="new", agent_type="t"))
+
+
+def test_threads_that_look_at_a_row_at_once_see_one_state(db: SwarmDB) -> None:
+    db.insert_events([{"event_type": "spawn", "agent_id": "a", "agent_type": "t"}] * 100)
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            for event in db.get_events():
+                assert len(set(map(id, pool.map(inspect, [event] * 4)))) == 1
+    finally:
+        sys.setswitchinterval(interval)
 
 
 def test_several_new_rows_go_into_one_flush(db: SwarmDB) -> None:

@@ -182,8 +182,8 @@ class RawSwarm:
         return [
             with_metadata(row)
             for row in self.raw.execute(
-                "SELECT * FROM agent_registry WHERE status IN ('running', 'spawned') "
-                "ORDER BY spawn_time DESC, agent_id DESC"
+                "SELECT * FROM agent_registry WHERE status NOT IN ('complete', 'error') "
+                "AND coalesce(status, status) IN ('running', 'spawned') ORDER BY spawn_time DESC, agent_id DESC"
             )
         ]
 

@@ -97,7 +97,8 @@ class RawServer:
     """A store made by hand: one connection in autocommit, constant SQL, rows as dicts."""
 
     def __init__(self, url: str) -> None:
-        self.raw = psycopg.connect(_plain(url), autocommit=True, row_factory=dict_row)
+        # In the zone that SwarmDB uses: others are slower to read.
+        self.raw = psycopg.connect(_plain(url), autocommit=True, row_factory=dict_row, options="-c TimeZone=UTC")
 
     def close(self) -> None:
         """Close it."""

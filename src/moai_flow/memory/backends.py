@@ -3,12 +3,13 @@
 import sqlite3
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from typing import Any, ClassVar
 
 from sqlalchemy import Dialect
 from sqlalchemy.exc import SQLAlchemyError, StatementError
+from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
 from moai_flow.memory.errors import BusyError, ConflictError, StorageError, SwarmDBError, TransactionError
 from moai_flow.memory.types import is_postgresql
@@ -55,8 +56,20 @@ class Backend(ABC):
         """Set the connection as a caller expects it: in the driver's implicit mode, with the rows that we promise."""
 
     @abstractmethod
-    def take_back(self, raw: Any) -> None:
-        """Undo `lend`, and what `begin` set, outside any transaction."""
+    def take_back(self, raw: Any, usual: Any) -> None:
+        """Undo `lend`, what `begin` set, and what its user set on it, outside any transaction; see `usual`."""
+
+    def usual(self, raw: Any) -> Any:
+        """Return how a connection is when it is new."""
+        return None
+
+    @abstractmethod
+    def cursor(self, raw: Any) -> Any:
+        """Return a cursor whose rows are tuples, whatever the user of the connection wants of theirs."""
+
+    def is_idle(self, raw: Any) -> bool:
+        """Whether nothing is under way on the connection, nor is it lost."""
+        return True
 
     @abstractmethod
     def inserted_key(self, cursor: Any) -> int:
@@ -67,9 +80,13 @@ class Backend(ABC):
         """Yield the rows of *sql*, so many at a time, without holding all of them. It needs a transaction."""
 
     @staticmethod
+    @abstractmethod
     def reading_leniently(raw: Any) -> AbstractContextManager[None]:
-        """Return a context in which text that is no Unicode is read, if the database can hold such."""
-        return nullcontext()
+        """Return a context in which values come as text that the driver would refuse to read."""
+
+    @abstractmethod
+    def is_undecodable(self, error: Exception) -> bool:
+        """Whether *error* says that the driver refused to read a value."""
 
     @abstractmethod
     def is_missing_savepoint(self, error: BaseException | None) -> bool:
@@ -126,9 +143,14 @@ class SQLite(Backend):
         raw.isolation_level = ""
         raw.row_factory = sqlite3.Row
 
-    def take_back(self, raw: Any) -> None:
+    def take_back(self, raw: Any, usual: Any) -> None:
         raw.isolation_level = None
         raw.row_factory = None
+
+    def cursor(self, raw: Any) -> Any:
+        cursor = raw.cursor()
+        cursor.row_factory = None
+        return cursor
 
     def chunks(self, raw: Any, sql: str, size: int) -> Iterator[list[Any]]:
         cursor = raw.execute(sql)
@@ -143,6 +165,10 @@ class SQLite(Backend):
             yield
         finally:
             raw.text_factory = str
+
+    def is_undecodable(self, error: Exception) -> bool:
+        # Text that is not UTF-8 is the one error of sqlite3's own making, so it has no SQLite code.
+        return isinstance(error, sqlite3.OperationalError) and getattr(error, "sqlite_errorcode", None) is None
 
     def is_missing_savepoint(self, error: BaseException | None) -> bool:
         return isinstance(error, sqlite3.OperationalError)
@@ -166,7 +192,7 @@ class PostgreSQL(Backend):
         return not raw.closed
 
     def in_transaction(self, raw: Any) -> bool:
-        return not raw.closed and raw.info.transaction_status != _IDLE
+        return not raw.closed and raw.pgconn.transaction_status != _IDLE
 
     def begin(self, raw: Any, *, readonly: bool, alone: bool) -> None:
         # The next statement begins it. So does one after a raw commit(): the end of the block rolls that back.
@@ -185,15 +211,54 @@ class PostgreSQL(Backend):
         if raw.autocommit:  # Inside a transaction it can't be set, nor need be.
             raw.autocommit = False
 
-    def take_back(self, raw: Any) -> None:
+    def usual(self, raw: Any) -> Any:
+        return raw.read_only, raw.isolation_level, raw.row_factory, raw.cursor_factory
+
+    def take_back(self, raw: Any, usual: Any) -> None:
         raw.autocommit = True
-        raw.read_only = raw.isolation_level = None
+        raw.read_only, raw.isolation_level, raw.row_factory, raw.cursor_factory = usual
+
+    def cursor(self, raw: Any) -> Any:
+        return raw.cursor(row_factory=_as_it_is)
+
+    def is_idle(self, raw: Any) -> bool:
+        return bool(raw.pgconn.transaction_status == _IDLE)
 
     def chunks(self, raw: Any, sql: str, size: int) -> Iterator[list[Any]]:
         with raw.cursor(name="swarmdb_chunks") as cursor:
             cursor.execute(sql)
             while chunk := cursor.fetchmany(size):
                 yield chunk
+
+    @staticmethod
+    @contextmanager
+    def reading_leniently(raw: Any) -> Iterator[None]:
+        from psycopg import DataError  # Whoever has such a connection has imported psycopg.
+        from psycopg.adapt import Loader
+        from psycopg.pq import Format
+
+        usual = raw.adapters.get_loader(_TIMESTAMPTZ, Format.TEXT)
+
+        class Lenient(Loader):
+            def __init__(self, oid: int, context: Any = None) -> None:
+                super().__init__(oid, context)
+                self._usual = usual(oid, context)
+
+            def load(self, data: Any) -> Any:
+                try:
+                    return self._usual.load(data)
+                except DataError:
+                    return bytes(data).decode()
+
+        raw.adapters.register_loader(_TIMESTAMPTZ, Lenient)
+        try:
+            yield
+        finally:
+            raw.adapters.register_loader(_TIMESTAMPTZ, usual)
+
+    def is_undecodable(self, error: Exception) -> bool:
+        # Infinity, and years that no datetime holds: what the server says itself has a code.
+        return type(error).__name__ == "DataError" and getattr(error, "sqlstate", None) is None
 
     def is_missing_savepoint(self, error: BaseException | None) -> bool:
         return getattr(error, "sqlstate", None) in _NO_SAVEPOINT
@@ -203,8 +268,14 @@ class PostgreSQL(Backend):
         return int(key)
 
 
+def _as_it_is(cursor: Any) -> Callable[[Sequence[Any]], Any]:
+    """Make rows tuples: what psycopg calls a row factory."""
+    return tuple
+
+
 # As libpq and psycopg.IsolationLevel number them: importing psycopg is the dialect's business.
 _IDLE = 0
+_TIMESTAMPTZ = 1184  # Its number in pg_type, the same on every server.
 _READ_COMMITTED, _REPEATABLE_READ, _SERIALIZABLE = 2, 3, 4
 
 
@@ -244,6 +315,8 @@ def translated(error: Exception, where: str) -> SwarmDBError:
     if isinstance(error, SwarmDBError):
         return error
     message = f"{where}: {error}"
+    if isinstance(error, PoolTimeoutError):
+        return BusyError(message)
     code = getattr(error, "sqlite_errorcode", None)
     primary = None if code is None else code & 0xFF
     state = getattr(error, "sqlstate", None) or ""
@@ -255,7 +328,7 @@ def translated(error: Exception, where: str) -> SwarmDBError:
         return ConflictError(message)
     if state == _ABORTED:
         return TransactionError(
-            f"{where}: a raw statement of this transaction failed, and its error was caught; PostgreSQL does nothing "
-            "more in it: let the error end the block, or put the statement into a block of its own"
+            f"{where}: a statement of this transaction failed, and its error was caught; PostgreSQL does nothing more "
+            "in it: let the error end the block, or put the statement into a block of its own"
         )
     return StorageError(message)

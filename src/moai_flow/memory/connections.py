@@ -21,13 +21,15 @@ from moai_flow.memory.errors import BusyError, ClosedError
 class Held:
     """An open connection: SQLAlchemy's, and the driver's underneath it."""
 
-    __slots__ = ("__weakref__", "backend", "connection", "given_back", "raw")
+    __slots__ = ("__weakref__", "backend", "connection", "given_back", "permit", "raw", "usual")
 
     def __init__(self, connection: Connection, backend: Backend) -> None:
         self.connection = connection
         self.backend = backend
         self.raw: Any = connection.connection.driver_connection
+        self.usual = backend.usual(self.raw)
         self.given_back = 0.0
+        self.permit: Permit | None = None
 
     @property
     def is_open(self) -> bool:
@@ -38,6 +40,11 @@ class Held:
     def in_transaction(self) -> bool:
         """Whether a transaction is open on it."""
         return self.backend.in_transaction(self.raw)
+
+    def release(self) -> None:
+        """Let another connection be opened beside this one, where their number is limited."""
+        if self.permit is not None:
+            self.permit.give_back()
 
     def close(self) -> None:
         """Give it back to the engine's pool."""
@@ -92,6 +99,30 @@ class Limit:
 _TRUSTED = 5.0
 
 
+class Permit:
+    """Leave to have one of a limited number of connections, until it is given back, or nobody has it any more.
+
+    So whatever interrupts a call, and wherever, others have their turn.
+    """
+
+    def __init__(self, permits: threading.Semaphore) -> None:
+        self._permits = permits
+        self._is_given = False
+
+    def wait(self, patience: float) -> bool:
+        """Wait for it, and return whether it was given in time."""
+        self._is_given = self._permits.acquire(timeout=patience)
+        return self._is_given
+
+    def give_back(self) -> None:
+        """Let another have it."""
+        if self._is_given:
+            self._is_given = False
+            self._permits.release()
+
+    __del__ = give_back
+
+
 class Connections:
     """The open connections of one engine."""
 
@@ -119,7 +150,7 @@ class Connections:
         self._source = engine.execution_options(isolation_level="AUTOCOMMIT")
         self._kept = kept
         self._limit = limit
-        self._permits = None if limit is None else threading.BoundedSemaphore(limit.connections)
+        self._permits = None if limit is None else threading.Semaphore(limit.connections)
         self._idle: list[Held] = []
         self._open: weakref.WeakSet[Held] = weakref.WeakSet()
         self._anchor = self._connect() if anchored else None
@@ -149,11 +180,15 @@ class Connections:
 
     def give(self, held: Held) -> None:
         """Take back a connection with no transaction open on it. One that was lost takes the idle ones with it."""
-        if self._limit is not None:
-            if not held.is_open:
-                self.discard(held)
+        if not self._backend.is_idle(held.raw):
+            # It was lost, or an interrupt came in the middle of a statement.
+            is_lost = not held.is_open
+            self.discard(held)
+            if is_lost:
                 self._drain()  # Who made this one close has made them close as well.
-                return
+            return
+        permit, held.permit = held.permit, None  # Once it is idle, it is another's.
+        if permit is not None:
             held.given_back = time.monotonic()
         if len(self._idle) >= self._kept:
             held.close()
@@ -161,16 +196,15 @@ class Connections:
             self._idle.append(held)
             if self.closed:
                 self._drain()  # It was closed meanwhile, perhaps by a thread that did not see this connection.
-        if self._permits is not None:
-            self._permits.release()
+        if permit is not None:
+            permit.give_back()
 
     def discard(self, held: Held) -> None:
         """Close a connection that was taken for good, whatever state it is in."""
         try:
             held.discard()
         finally:
-            if self._permits is not None:
-                self._permits.release()
+            held.release()
 
     def pinned(self) -> Any:
         """Return this thread's own driver connection, the same at each call.
@@ -181,7 +215,10 @@ class Connections:
         """
         self.check_open()
         if self.local.pinned is None or not self.local.pinned.held.is_open:
-            self.local.pinned = Pinned(self.take(), self)
+            self.local.pinned = None  # It was closed, by its user or by the server.
+            held = self.take()
+            held.release()  # It is for as long as the thread lives, and what waits for a permit waits for a call.
+            self.local.pinned = Pinned(held, self)
         return self.local.pinned.held.raw
 
     def close(self) -> None:
@@ -199,32 +236,41 @@ class Connections:
         for held in self._open:
             # Closing an inherited connection, as deallocation would, may undo what the parent is writing:
             # https://sqlite.org/howtocorrupt.html#_carrying_an_open_database_file_across_a_fork_
-            ctypes.pythonapi.Py_IncRef(ctypes.py_object(held.raw))
+            # So would SQLAlchemy, when it finds that nobody has the connection any more.
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(held))
         self._open = weakref.WeakSet()
         self._idle = []
         if self._limit is not None:
-            self._permits = threading.BoundedSemaphore(self._limit.connections)
+            self._permits = threading.Semaphore(self._limit.connections)
         self.local = _Local()
         self._engine.dispose(close=False)
 
     def _take_permitted(self, permits: threading.Semaphore) -> Held:
         assert self._limit is not None
-        if not permits.acquire(timeout=self._limit.patience):
+        permit = Permit(permits)
+        if not permit.wait(self._limit.patience):
             raise BusyError(
                 f"{self.where}: others used all {self._limit.connections} connections of the pool for longer than the "
                 "busy timeout"
             )
         try:
-            while self._idle:
-                with suppress(IndexError):
-                    held = self._idle.pop()
-                    if time.monotonic() - held.given_back < _TRUSTED or self._answers(held):
-                        return held
-                    held.discard()
-            return self._connect()
+            self.check_open()
+            held = self._alive() or self._connect()
+            held.permit = permit
         except BaseException:
-            permits.release()
+            permit.give_back()  # The error's traceback would keep it.
             raise
+        return held
+
+    def _alive(self) -> Held | None:
+        while True:
+            try:
+                held = self._idle.pop()
+            except IndexError:
+                return None
+            if time.monotonic() - held.given_back < _TRUSTED or self._answers(held):
+                return held
+            held.discard()
 
     def _answers(self, held: Held) -> bool:
         try:

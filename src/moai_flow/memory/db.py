@@ -12,7 +12,7 @@ from sqlalchemy.engine import URL
 
 from moai_flow.memory import inputs
 from moai_flow.memory.connections import Connections, Limit
-from moai_flow.memory.engine import PAGE_CACHE_MIB, Durability, Settings, create, locate, locate_engine
+from moai_flow.memory.engine import PAGE_CACHE_MIB, Durability, Settings, create, locate, locate_engine, shown_place
 from moai_flow.memory.errors import InvalidInputError
 from moai_flow.memory.migrations import bring_up_to_date
 from moai_flow.memory.operations.agents import AgentOperations
@@ -90,7 +90,9 @@ class SwarmDB(EventOperations, AgentOperations, MemoryOperations, MetricOperatio
         places = {"db_path": db_path, "url": url, "engine": engine}
         given = [name for name, place in places.items() if place is not None]
         for extra in given[1:]:
-            raise InvalidInputError(extra, places[extra], f"nothing, since {given[0]} says where the database is")
+            raise InvalidInputError(
+                extra, shown_place(places[extra]), f"nothing, since {given[0]} says where the database is"
+            )
         if durability not in ("normal", "full"):
             raise InvalidInputError("durability", durability, "one of 'normal', 'full'")
         busy_timeout = inputs.number(busy_timeout, field="busy_timeout")

@@ -13,6 +13,7 @@ from sqlalchemy.engine import URL
 from sqlalchemy.exc import ArgumentError
 
 from moai_flow.memory.errors import InvalidInputError, StorageError
+from moai_flow.memory.types import is_unicode
 
 #: Where the database is if nothing says otherwise, under the current directory.
 DEFAULT_PATH = Path(".moai/memory/swarm.db")
@@ -52,8 +53,26 @@ class Location:
 
     def __str__(self) -> str:
         if self.is_on_server:
-            return self.url.render_as_string(hide_password=True)
+            return without_secrets(self.url)
         return ":memory:" if self.path is None else str(self.path)
+
+
+def without_secrets(url: URL) -> str:
+    """Return *url* as it may be shown, without passwords, wherever it has them."""
+    secret = {name: "***" for name in url.query if "pass" in name.lower()}
+    return url.update_query_dict(secret).render_as_string(hide_password=True)
+
+
+def shown_place(place: object) -> object:
+    """Return what may be shown of what somebody gave for a database."""
+    try:
+        return without_secrets(make_url(place)) if isinstance(place, str | URL) and "://" in str(place) else place
+    except (ArgumentError, ValueError):
+        return NOT_SHOWN
+
+
+#: What is shown of a value that may hold a password.
+NOT_SHOWN = "something that is not shown, since it may hold a password"
 
 
 def locate(db_path: str | os.PathLike[str] | None, url: str | URL | None) -> Location:
@@ -102,31 +121,37 @@ def path_of_file(given: str | os.PathLike[str], *, field: str) -> Path:
 def _from_path(db_path: str | os.PathLike[str], field: str) -> Location:
     if str(db_path) == ":memory:":
         return _in_memory()
+    if "://" in str(db_path):
+        raise InvalidInputError(
+            field, shown_place(str(db_path)), "the path of a file; a URL goes into url= or SWARMDB_URL"
+        )
     path = path_of_file(db_path, field=field)
     return Location(URL.create("sqlite", database=str(path)), path)
 
 
 def _from_url(url: str | URL, field: str) -> Location:
     accepted = "an SQLAlchemy URL such as 'sqlite:///swarm.db' or 'postgresql://user@host/database'"
+    if isinstance(url, str) and not (is_unicode(url) and "\0" not in url):
+        raise InvalidInputError(field, NOT_SHOWN, f"{accepted}, in Unicode")
     try:
         parsed = make_url(url)
     except (ArgumentError, ValueError):
-        raise InvalidInputError(field, "a text that is not shown, since it may hold a password", accepted) from None
+        raise InvalidInputError(field, NOT_SHOWN, accepted) from None
     if parsed.drivername in _POSTGRESQL:
         return Location(parsed.set(drivername="postgresql+psycopg"))
     if parsed.drivername not in ("sqlite", "sqlite+pysqlite"):
-        raise InvalidInputError(field, parsed.render_as_string(), accepted)
+        raise InvalidInputError(field, without_secrets(parsed), accepted)
     database = parsed.database or ""
     if database in _MEMORY_NAMES:
         return _in_memory()
     if database.startswith("file:"):
         if parsed.query.get("mode") == "memory" or "vfs" in parsed.query:
-            raise InvalidInputError(field, str(url), f"{accepted}, or 'sqlite://' for one in memory")
+            raise InvalidInputError(field, without_secrets(parsed), f"{accepted}, or 'sqlite://' for one in memory")
         path = Path(unquote(database.removeprefix("file:"))).absolute()
         return Location(parsed.update_query_dict({"uri": "true"}), path)
     if parsed.query:
         raise InvalidInputError(
-            field, str(url), f"{accepted}; with parameters, 'sqlite:///file:swarm.db?mode=ro&uri=true'"
+            field, without_secrets(parsed), f"{accepted}; with parameters, 'sqlite:///file:swarm.db?mode=ro&uri=true'"
         )
     return _from_path(database, field)
 
@@ -144,7 +169,8 @@ def locate_engine(engine: Engine) -> Location:
     """
     drivers = ("sqlite", "pysqlite"), ("postgresql", "psycopg")
     if not isinstance(engine, Engine) or (engine.dialect.name, engine.dialect.driver) not in drivers:
-        raise InvalidInputError("engine", engine, "an SQLAlchemy engine for SQLite, or for PostgreSQL with psycopg 3")
+        shown = engine if isinstance(engine, Engine) else shown_place(engine)
+        raise InvalidInputError("engine", shown, "an SQLAlchemy engine for SQLite, or for PostgreSQL with psycopg 3")
     shares = isinstance(engine.pool, StaticPool | SingletonThreadPool)
     location = Location(engine.url) if engine.dialect.name == "postgresql" else locate(None, engine.url)
     # In memory, each connection of such a pool would be another database, or all users would share one connection.
@@ -220,7 +246,7 @@ def _for_server(location: Location, settings: Settings) -> Engine:
         ) from error
     parameters = {
         "TimeZone": "UTC",  # Only in it can the driver read the first and the last hours that a datetime holds.
-        "lock_timeout": str(round(settings.busy_timeout * 1000)),
+        "lock_timeout": str(max(1, round(settings.busy_timeout * 1000))),  # 0 would mean for ever.
     }
     if settings.statement_timeout is not None:
         parameters["statement_timeout"] = str(round(settings.statement_timeout * 1000))

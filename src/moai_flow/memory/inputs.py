@@ -45,7 +45,10 @@ def recognise(vocabulary: type[V], value: str, *, field: str) -> V:
     Raises:
         InvalidInputError: If *value* is a plain string that the vocabulary does not list.
     """
-    return value if isinstance(value, vocabulary) else parse(vocabulary, value, field=field)
+    if not isinstance(value, vocabulary):
+        return parse(vocabulary, value, field=field)
+    _storable(value.value, field)
+    return value
 
 
 def recognise_filter(vocabulary: type[V], value: str | None, *, field: str) -> V | None:

@@ -188,12 +188,18 @@ def _bring_server_up_to_date(held: Held, location: Location) -> None:
         if version != VERSION:  # Nobody did it while this process waited for the lock.
             _check_known(version, location)
             _migrate_server(held.connection, location)
-    backend.take_back(raw)
+    backend.take_back(raw, held.usual)
+
+
+_HAS_VERSION = """
+    SELECT count(*) = 2 FROM pg_attribute
+    WHERE attrelid = to_regclass('schema_info') AND attname IN ('key', 'value') AND atttypid = 'text'::regtype
+"""
 
 
 def _version_on_server(raw: Any) -> str | None:
-    # Asking a table that is missing would be an error, which ends a transaction there.
-    (is_there,) = raw.execute("SELECT to_regclass('schema_info') IS NOT NULL").fetchone()
+    # Asking a table that is missing, or another program's, would be an error, which ends a transaction there.
+    (is_there,) = raw.execute(_HAS_VERSION).fetchone()
     row = raw.execute(_READ_VERSION).fetchone() if is_there else None
     return None if row is None else str(row[0])
 
@@ -223,8 +229,8 @@ def _check_server_columns(table: Table, found: Sequence[ReflectedColumn], locati
     wanted = {column.name: column.type.compile(dialect) for column in table.columns}
     wrong = [
         f"{name} ({present.get(name, 'missing')}, not {kind})"
-        for name, kind in ((name, kind.removesuffix(' COLLATE "C"')) for name, kind in wanted.items())
-        if present.get(name, "").removesuffix(' COLLATE "C"') != kind
+        for name, kind in wanted.items()
+        if present.get(name) != kind
     ]
     if wrong:
         raise SchemaError(

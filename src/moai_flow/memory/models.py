@@ -6,6 +6,7 @@ What is added is indexes, for the queries that `operations` makes.
 
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
+from threading import RLock
 from typing import Any, ClassVar, NamedTuple
 
 import uuid_utils
@@ -65,11 +66,16 @@ class _StateOnDemand:
 
     def __get__(self, row: "Record | None", model: "type[Record]") -> Any:
         # SQLAlchemy asks as well whether a class is an instance, and one under construction has a state yet.
-        if row is None or not row.__dict__:
+        if row is None or "_is_stored" not in row.__dict__:
             raise AttributeError(DEFAULT_STATE_ATTR)
-        class_mapper(model).class_manager.setup_instance(row)
-        make_transient_to_detached(row)  # It stands for a stored row: a session that adds it updates that.
+        with _one_at_a_time:
+            if DEFAULT_STATE_ATTR not in row.__dict__:
+                class_mapper(model).class_manager.setup_instance(row)
+                make_transient_to_detached(row)  # It stands for a stored row: a session that adds it updates that.
         return row.__dict__[DEFAULT_STATE_ATTR]
+
+
+_one_at_a_time = RLock()
 
 
 # A registry of its own: SQLModel.metadata stays the application's, and neither creates the other's tables.

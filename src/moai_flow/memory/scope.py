@@ -402,8 +402,9 @@ class Scope:
             return
         if not readonly or self._location.is_in_memory:
             self._refuse_to_wait()
+        task = _current_task()
         held = connections.take()
-        block = Block(held, _current_task(), None, readonly=readonly, alone=alone)
+        block = Block(held, task, None, readonly=readonly, alone=alone)
         try:
             with self._entered(block):
                 yield block
@@ -437,7 +438,7 @@ class Scope:
     def _settle(self, held: Held) -> None:
         """Give back the connection of a block that has ended, or close it if the end failed."""
         if held.is_open and not held.in_transaction and not held.connection.in_transaction():
-            held.backend.take_back(held.raw)
+            held.backend.take_back(held.raw, held.usual)
             self._connections.give(held)
         else:
             self._connections.discard(held)

@@ -6,7 +6,6 @@ SQLAlchemy's execution events and ``echo``, so statements are logged here, at de
 """
 
 import logging
-import sqlite3
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import copy
 from typing import Any, Generic, TypeVar, cast
@@ -17,7 +16,7 @@ from sqlalchemy.orm import class_mapper
 from sqlalchemy.sql.compiler import SQLCompiler
 from sqlalchemy.sql.expression import ClauseElement
 
-from moai_flow.memory.backends import SQLite, backend_of, translated
+from moai_flow.memory.backends import backend_of, translated
 from moai_flow.memory.errors import CorruptDataError, shown
 from moai_flow.memory.models import Record, columns
 from moai_flow.memory.types import Stored, is_postgresql, is_unicode
@@ -121,10 +120,12 @@ class Program:
         if logger.isEnabledFor(logging.DEBUG):
             logger.debug("%s %r", self.sql, bound)
         try:
-            rows: list[Row] = raw.execute(self.sql, bound).fetchall()
+            rows: list[Row] = self.backend.cursor(raw).execute(self.sql, bound).fetchall()
         except self.backend.error as error:
-            if self.rows is not None and is_undecodable(error):
-                raise self.rows.first_fault(_fetch_leniently(raw, self.sql, bound)) from error
+            if self.rows is not None and self.backend.is_undecodable(error):
+                with self.backend.reading_leniently(raw):
+                    rows = self.backend.cursor(raw).execute(self.sql, bound).fetchall()
+                raise self.rows.first_fault(rows) from error
             raise translated(error, self._where) from error
         return rows
 
@@ -137,7 +138,7 @@ class Program:
         if logger.isEnabledFor(logging.DEBUG):
             logger.debug("%s %r", self.sql, bound)
         try:
-            return raw.execute(self.sql, bound)
+            return self.backend.cursor(raw).execute(self.sql, bound)
         except self.backend.error as error:
             raise translated(error, self._where) from error
 
@@ -149,7 +150,7 @@ class Program:
         """
         logger.debug("%s (many)", self.sql)
         try:
-            raw.cursor().executemany(self.sql, bound)
+            self.backend.cursor(raw).executemany(self.sql, bound)
         except self.backend.error as error:
             raise translated(error, self._where) from error
 
@@ -286,20 +287,10 @@ def _maker(model: type[R], names: Sequence[str]) -> Callable[[Iterable[Any]], R]
     def make(values: Iterable[Any]) -> R:
         # As loading from an ORM session does it, without what a session needs: models make that on demand.
         made: R = new(model)
-        made.__dict__.update(zip(names, values))  # noqa: B905 (the keyword alone would cost as much as the rest)
+        made.__dict__.update(zip(names, values), _is_stored=True)  # noqa: B905 (it would cost as much as the rest)
         return made
 
     return make
-
-
-def is_undecodable(error: Exception) -> bool:
-    """Whether sqlite3 met text that is not UTF-8: the one error of its own making, so it has no SQLite code."""
-    return isinstance(error, sqlite3.OperationalError) and getattr(error, "sqlite_errorcode", None) is None
-
-
-def _fetch_leniently(raw: Any, sql: str, bound: Bound) -> list[Row]:
-    with SQLite.reading_leniently(raw):
-        return list(raw.execute(sql, bound))
 
 
 #: From how many rows on decoding column by column is faster than row by row.

@@ -30,7 +30,7 @@ from moai_flow.memory import (
     SwarmDB,
     SwarmDBError,
 )
-from moai_flow.memory.cli import show
+from moai_flow.memory.cli import copying, show
 from moai_flow.memory.cli.demo import report, watch
 from moai_flow.memory.cli.failures import in_one_line
 from moai_flow.memory.cli.swarm import Plan, files_of
@@ -39,6 +39,7 @@ from moai_flow.memory.enums import Vocabulary
 from moai_flow.memory.migrations import VERSION, found_version, server_ddl
 from moai_flow.memory.models import TABLES
 from moai_flow.memory.scope import translating
+from moai_flow.memory.transfer import BATCH_SIZE
 from moai_flow.memory.types import AsStored, decode_json, decode_time
 
 V = TypeVar("V", bound=Vocabulary)
@@ -466,6 +467,30 @@ def backup(
         show.as_json({"path": str(target), "size_bytes": target.stat().st_size})
     else:
         show.line(str(target))
+
+
+@app.command()
+def copy(
+    source: Annotated[str, typer.Argument(metavar="SOURCE", help="The database to copy: a file or a URL.")],
+    target: Annotated[
+        str, typer.Argument(metavar="TARGET", help="Where to: a file or a URL. It is made if it does not exist.")
+    ],
+    *,
+    resume: Annotated[bool, typer.Option("--continue", help="Go on with a copy that was interrupted.")] = False,
+    batch_size: Annotated[int, typer.Option(min=1, help="How many rows are written at once.")] = BATCH_SIZE,
+    as_json: AsJSON = False,
+) -> None:
+    """Copy all rows into an empty database, between files and PostgreSQL as well, and verify the copy."""
+    with _opened(source) as original, _opened(target, create_missing=True) as made:
+        try:
+            done = copying.copied(original, made, resume=resume, batch_size=batch_size)
+        except KeyboardInterrupt:
+            typer.echo("swarmdb: interrupted; with --continue, the same command goes on from here", err=True)
+            raise
+    if as_json:
+        show.as_json({"tables": [{**vars(table), "rows": table.rows} for table in done.tables]})
+    else:
+        copying.report(done)
 
 
 @app.command()

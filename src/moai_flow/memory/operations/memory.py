@@ -214,7 +214,7 @@ class MemoryOperations(Scope):
             ClosedError: After `close`.
         """
         address = _address(session_id, memory_type, key)
-        with self._block():
+        with self._block(alone=False):
             was_live = self._live_row(address) is not None
             self._write(_DELETE, address)
         return was_live
