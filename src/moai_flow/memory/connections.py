@@ -100,27 +100,40 @@ _TRUSTED = 5.0
 
 
 class Permit:
-    """Leave to have one of a limited number of connections, until it is given back, or nobody has it any more.
+    """Leave to have one of a limited number of connections, until it is given back, or nobody has it any more."""
 
-    So whatever interrupts a call, and wherever, others have their turn.
-    """
-
-    def __init__(self, permits: threading.Semaphore) -> None:
+    def __init__(self, permits: "Permits") -> None:
         self._permits = permits
-        self._is_given = False
-
-    def wait(self, patience: float) -> bool:
-        """Wait for it, and return whether it was given in time."""
-        self._is_given = self._permits.acquire(timeout=patience)
-        return self._is_given
+        self.is_given = False
 
     def give_back(self) -> None:
         """Let another have it."""
-        if self._is_given:
-            self._is_given = False
-            self._permits.release()
+        if self.is_given:
+            self.is_given = False
+            self._permits.free.release()
 
     __del__ = give_back
+
+
+class Permits:
+    """So many permits as a server is to be asked for connections, and no fewer, whatever interrupts a call."""
+
+    def __init__(self, limit: Limit) -> None:
+        self.limit = limit
+        self.free = threading.Semaphore(limit.connections)
+        self._all: weakref.WeakSet[Permit] = weakref.WeakSet()
+
+    def take(self) -> Permit | None:
+        """Return a permit, or None if there is none for longer than the limit's patience."""
+        permit = Permit(self)
+        self._all.add(permit)
+        # An interrupt inside the semaphore, which is Python's own code, may have lost one: those that are given tell.
+        permit.is_given = (
+            self.free.acquire(blocking=False)
+            or sum(other.is_given for other in list(self._all)) < self.limit.connections
+            or self.free.acquire(timeout=self.limit.patience)
+        )
+        return permit if permit.is_given else None
 
 
 class Connections:
@@ -150,7 +163,7 @@ class Connections:
         self._source = engine.execution_options(isolation_level="AUTOCOMMIT")
         self._kept = kept
         self._limit = limit
-        self._permits = None if limit is None else threading.Semaphore(limit.connections)
+        self._permits = None if limit is None else Permits(limit)
         self._idle: list[Held] = []
         self._open: weakref.WeakSet[Held] = weakref.WeakSet()
         self._anchor = self._connect() if anchored else None
@@ -241,17 +254,16 @@ class Connections:
         self._open = weakref.WeakSet()
         self._idle = []
         if self._limit is not None:
-            self._permits = threading.Semaphore(self._limit.connections)
+            self._permits = Permits(self._limit)
         self.local = _Local()
         self._engine.dispose(close=False)
 
-    def _take_permitted(self, permits: threading.Semaphore) -> Held:
-        assert self._limit is not None
-        permit = Permit(permits)
-        if not permit.wait(self._limit.patience):
+    def _take_permitted(self, permits: Permits) -> Held:
+        permit = permits.take()
+        if permit is None:
             raise BusyError(
-                f"{self.where}: others used all {self._limit.connections} connections of the pool for longer than the "
-                "busy timeout"
+                f"{self.where}: others used all {permits.limit.connections} connections of the pool for longer than "
+                "the busy timeout"
             )
         try:
             self.check_open()
