@@ -81,6 +81,14 @@ def test_indexes_have_the_same_names_as_on_sqlite(postgres_url: str, store: Swar
     assert {name for (name,) in found if name.startswith("idx")} == expected
 
 
+def test_the_index_of_active_agents_holds_no_others(postgres_url: str, store: SwarmDB) -> None:
+    ((definition,),) = run(
+        postgres_url, "SELECT indexdef FROM pg_indexes WHERE indexname = 'idx_agent_registry_active'"
+    )
+    assert "WHERE" in definition
+    assert "complete" in definition
+
+
 def test_json_is_kept_to_the_letter(store: SwarmDB) -> None:
     value = {"b": 1, "a": 1e23, "ä": [1.0, -0.0, 2**70], "": None}
     store.store_memory("s", "semantic", "k", value)

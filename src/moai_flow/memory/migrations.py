@@ -131,8 +131,12 @@ def server_tables() -> MetaData:
     """Return the tables as PostgreSQL takes them, where a key can't be nullable."""
     tables = MetaData()
     for model in TABLES:
-        for column in table_of(model).to_metadata(tables).primary_key:
+        table = table_of(model).to_metadata(tables)
+        for column in table.primary_key:
             column.nullable = False
+        for index in table.indexes:
+            # Said in the model, it would load PostgreSQL's dialect for whoever imports the package.
+            index.dialect_options["postgresql"]["where"] = index.dialect_options["sqlite"]["where"]
     return tables
 
 

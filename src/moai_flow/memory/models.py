@@ -190,13 +190,7 @@ class RegisteredAgent(Record, table=True):
         Index("idx_agent_registry_status", "status"),
         Index("idx_agent_registry_agent_type", "agent_type"),
         # Only of those, which are few however many have ended.
-        Index(
-            "idx_agent_registry_active",
-            "spawn_time",
-            "agent_id",
-            sqlite_where=HAS_NOT_ENDED,
-            postgresql_where=HAS_NOT_ENDED,
-        ),
+        Index("idx_agent_registry_active", "spawn_time", "agent_id", sqlite_where=HAS_NOT_ENDED),
     )
 
     agent_id: str = Field(primary_key=True, nullable=True, sa_type=Plain, description="The agent's id.")
