@@ -6,6 +6,7 @@ import logging
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -32,6 +33,7 @@ from moai_flow.memory import (
     SwarmDBError,
     TransactionError,
 )
+from moai_flow.memory.connections import Limit, Permits
 from moai_flow.memory.migrations import VERSION
 from postgres import Server
 
@@ -530,15 +532,38 @@ def test_an_interrupt_in_the_middle_of_a_statement_leaves_the_pool_whole(
             signal.signal(signal.SIGALRM, previous)
 
 
-def test_a_permit_that_an_interrupt_lost_is_found_again(postgres_url: str) -> None:
-    with SwarmDB(url=postgres_url, pool_size=1, busy_timeout=30) as db:
-        permits = db._connections._permits
-        assert permits is not None
-        assert permits.free.acquire(blocking=False)  # As an interrupt inside acquire() would leave it.
-        begun = time.monotonic()
-        for _ in range(3):
-            db.register_agent("a", "t")
-        assert time.monotonic() - begun < 15
+def test_a_place_in_the_pool_that_nobody_has_any_more_is_free_again() -> None:
+    permits = Permits(Limit(connections=1, patience=0))
+    permit = permits.take()
+    assert permit is not None
+    assert permits.take() is None
+    del permit  # As an interrupt would leave it.
+    assert permits.take() is not None
+
+
+def test_threads_that_wait_for_a_place_never_have_more_than_there_are() -> None:
+    permits = Permits(Limit(connections=2, patience=30))
+    interval = sys.getswitchinterval()
+    inside: list[int] = []
+    most = []
+
+    def work(number: int) -> None:
+        for _ in range(300):
+            permit = permits.take()
+            assert permit is not None
+            inside.append(number)
+            most.append(len(inside))
+            inside.remove(number)
+            permit.give_back()
+            permit.give_back()
+
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(8) as pool:
+            list(pool.map(work, range(8)))
+    finally:
+        sys.setswitchinterval(interval)
+    assert max(most) <= 2
 
 
 def test_a_fork_leaves_the_connections_to_the_parent(postgres_url: str, store: SwarmDB) -> None:

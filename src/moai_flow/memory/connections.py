@@ -104,36 +104,37 @@ class Permit:
 
     def __init__(self, permits: "Permits") -> None:
         self._permits = permits
-        self.is_given = False
 
     def give_back(self) -> None:
-        """Let another have it."""
-        if self.is_given:
-            self.is_given = False
-            self._permits.free.release()
-
-    __del__ = give_back
+        """Let another have it. A second call does nothing."""
+        self._permits.take_back(self)
 
 
 class Permits:
-    """So many permits as a server is to be asked for connections, and no fewer, whatever interrupts a call."""
+    """So many permits as a server is to be asked for connections.
+
+    Those that somebody has are what is counted: an interrupt, wherever it comes, can neither lose one nor add one.
+    """
 
     def __init__(self, limit: Limit) -> None:
         self.limit = limit
-        self.free = threading.Semaphore(limit.connections)
-        self._all: weakref.WeakSet[Permit] = weakref.WeakSet()
+        self._given: weakref.WeakSet[Permit] = weakref.WeakSet()
+        self._changed = threading.Condition()
 
     def take(self) -> Permit | None:
         """Return a permit, or None if there is none for longer than the limit's patience."""
-        permit = Permit(self)
-        self._all.add(permit)
-        # An interrupt inside the semaphore, which is Python's own code, may have lost one: those that are given tell.
-        permit.is_given = (
-            self.free.acquire(blocking=False)
-            or sum(other.is_given for other in list(self._all)) < self.limit.connections
-            or self.free.acquire(timeout=self.limit.patience)
-        )
-        return permit if permit.is_given else None
+        with self._changed:
+            if not self._changed.wait_for(lambda: len(self._given) < self.limit.connections, self.limit.patience):
+                return None
+            permit = Permit(self)
+            self._given.add(permit)
+            return permit
+
+    def take_back(self, permit: Permit) -> None:
+        """Let another have *permit*."""
+        with self._changed:
+            self._given.discard(permit)
+            self._changed.notify()
 
 
 class Connections:
