@@ -42,7 +42,7 @@ def measurements(rows: int, only: str, *, rounds: int) -> Iterator[Measurement]:
     if not wanted:
         return
     with ExitStack() as stack:
-        server = stack.enter_context(_test_server().running())
+        server = stack.enter_context(test_server().running())
         ours = stack.enter_context(SwarmDB(url=fill(server.create_database(), rows, new_id)))
         raw = stack.enter_context(closing(RawServer(fill(server.create_database(), rows, lambda: str(uuid4())))))
         for case in wanted:
@@ -52,7 +52,7 @@ def measurements(rows: int, only: str, *, rounds: int) -> Iterator[Measurement]:
             yield replace(found, against="psycopg", durability="off" if case.writes else "")
 
 
-def _test_server() -> Any:
+def test_server() -> Any:
     """Return the module that starts the tests' server, which is no package's."""
     path = Path(__file__).parents[1] / "postgres.py"
     spec = importlib.util.spec_from_file_location("postgres", path)
@@ -80,7 +80,7 @@ def fill(url: str, rows: int, new_event_id: Any) -> str:
             (*memory_of(number, rows), Json(VALUE), START, START) for number in numbers
         ),
     }
-    with psycopg.connect(_plain(url), autocommit=True) as connection:
+    with psycopg.connect(plain_url(url), autocommit=True) as connection:
         for table, values in tables.items():
             with connection.cursor() as cursor, cursor.copy(f"COPY {table} FROM STDIN".encode()) as copy:
                 for value in values:
@@ -89,7 +89,8 @@ def fill(url: str, rows: int, new_event_id: Any) -> str:
     return url
 
 
-def _plain(url: str) -> str:
+def plain_url(url: str) -> str:
+    """Return a database's URL as psycopg takes it."""
     return url.replace("+psycopg", "")
 
 
@@ -98,7 +99,7 @@ class RawServer:
 
     def __init__(self, url: str) -> None:
         # In the zone that SwarmDB uses: others are slower to read.
-        self.raw = psycopg.connect(_plain(url), autocommit=True, row_factory=dict_row, options="-c TimeZone=UTC")
+        self.raw = psycopg.connect(plain_url(url), autocommit=True, row_factory=dict_row, options="-c TimeZone=UTC")
 
     def close(self) -> None:
         """Close it."""

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import server
+from benchmarks import copying, server
 from benchmarks.dataset import build_pair, content
 from benchmarks.measuring import Measurement, compare
 from benchmarks.operations import CASES, Case
@@ -116,6 +116,24 @@ def test_both_sides_do_the_same_work_on_a_server(case: Case, servers: tuple[Swar
         for table in TABLES:
             count = counts.format(table)
             assert one.execute(count).fetchone()[0] == raw.raw.execute(count.encode()).fetchone()["count"]  # type: ignore[index]
+
+
+def test_both_sides_copy_the_same(built: tuple[Path, Path], postgres_server: Server, tmp_path: Path) -> None:
+    file, _ = built
+    urls = [postgres_server.create_database() for _ in range(2)]
+    back = [tmp_path / name for name in ("ours.db", "raw.db")]
+    try:
+        for url, there in zip(urls, (copying.by_swarmdb, copying.by_copy), strict=True):
+            SwarmDB(url=url).close()
+            there(file, url)
+        for path, url, copied in zip(back, urls, (copying.by_swarmdb, copying.by_copy_back), strict=True):
+            SwarmDB(path).close()
+            copied(url, path)
+    finally:
+        for url in urls:
+            postgres_server.drop_database(url)
+
+    assert content(back[0]) == content(back[1]) == content(file)
 
 
 def test_every_public_operation_is_measured() -> None:
