@@ -14,6 +14,7 @@ import pytest
 
 from cli.running import Command
 from moai_flow.memory import AgentStatus, SwarmDB
+from moai_flow.memory.cli.swarm import interrupts_held_back
 
 DEMO = [sys.executable, "-m", "moai_flow.memory", "demo"]
 FEW = ["--processes", "2", "--threads", "1"]
@@ -152,6 +153,21 @@ def test_an_interrupt_ends_every_agent(tmp_path: Path) -> None:
         assert "Traceback" not in err
         assert {agent.status for agent in db.list_agents()} == {"complete"}
         assert 0 < len(db.get_task_metrics(limit=3000)) < 3000
+
+
+def test_an_interrupt_while_processes_start_waits_until_they_have() -> None:
+    has_started = False
+    with pytest.raises(KeyboardInterrupt), interrupts_held_back():
+        os.kill(os.getpid(), signal.SIGINT)
+        mask = subprocess.run(
+            [sys.executable, "-c", "import signal; print(signal.pthread_sigmask(signal.SIG_BLOCK, ()))"],
+            capture_output=True,
+            text=True,
+        ).stdout
+        has_started = True
+
+    assert has_started
+    assert "SIGINT" in mask
 
 
 def test_a_swarm_whose_processes_die_at_once_ends_with_1(

@@ -9,12 +9,14 @@ import os
 import random
 import signal
 import stat
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from multiprocessing import resource_tracker
 from multiprocessing.connection import wait
 from multiprocessing.context import SpawnProcess
 from pathlib import Path, PurePath
@@ -326,13 +328,27 @@ def _stored_files(db: SwarmDB, plan: Plan) -> tuple[str, ...]:
 
 
 def _start(processes: Sequence[SpawnProcess]) -> None:
-    # From their first moment they ignore ctrl-C, which is this process's to handle.
-    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
+    with interrupts_held_back():
         for process in processes:
             process.start()
+
+
+@contextmanager
+def interrupts_held_back() -> Iterator[None]:
+    """Let ctrl-C wait until the block ends; processes that are started inside never get it: it is for this one."""
+    if sys.platform == "win32":
+        handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # It is lost there, for want of a mask.
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, handler)
+        return
+    resource_tracker.ensure_running()  # Started inside, it would set the mask back.
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
     finally:
-        signal.signal(signal.SIGINT, handler)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
 def _progress(db: SwarmDB, plan: Plan, processes: Sequence[SpawnProcess]) -> Iterator[int]:
