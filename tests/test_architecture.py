@@ -22,7 +22,14 @@ LAYERS = [
     ["connections"],
     ["migrations"],
     ["scope"],
-    ["operations.agents", "operations.events", "operations.maintenance", "operations.memory", "operations.metrics"],
+    [
+        "operations.agents",
+        "operations.events",
+        "operations.maintenance",
+        "operations.memory",
+        "operations.metrics",
+        "operations.retention",
+    ],
     ["db"],
     ["transfer"],
 ]

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from moai_flow.memory import AgentMetric, SwarmDB, SwarmMetric, TaskMetric
-from moai_flow.memory.operations import agents, events, maintenance, memory, metrics
+from moai_flow.memory.operations import agents, events, memory, metrics, retention
 from moai_flow.memory.statements import Statement
 
 
@@ -82,8 +82,12 @@ def test_the_next_page_is_searched_for_where_the_last_one_ended(local_db: SwarmD
             ["SEARCH session_memory USING INDEX idx_session_memory_entry (session_id=? AND memory_type=? AND key=?)"],
         ),
         (
-            maintenance._DELETE_EVENTS,
-            ["SEARCH agent_events USING INDEX idx_agent_events_timestamp (timestamp<?)"],
+            retention._DELETE_OLDEST["events"],
+            [
+                "SEARCH agent_events USING INTEGER PRIMARY KEY (rowid=?)",
+                "LIST SUBQUERY 1",
+                "SEARCH agent_events USING COVERING INDEX idx_agent_events_timestamp (timestamp<?)",
+            ],
         ),
     ],
 )

@@ -3,7 +3,7 @@
 import os
 from collections.abc import Callable
 from contextlib import ExitStack
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, rule, run_state_machine_as_test
 
 from conftest import Clock
-from moai_flow.memory import AgentEvent, EventCursor, SwarmDB, SwarmDBError
+from moai_flow.memory import AgentEvent, EventCursor, RetentionPolicy, SwarmDB, SwarmDBError
 from moai_flow.memory.models import Record
 from postgres import Server
 
@@ -239,6 +239,18 @@ class SameOnBoth(RuleBasedStateMachine):
     @rule(days=st.sampled_from([-1, 0, 1, 10**9]))
     def clean_up(self, days: int) -> None:
         self.both(lambda store: store.cleanup_old_events(days))
+
+    @rule(days=st.sampled_from([None, 0, 1, 10**9]), dry_run=st.booleans())
+    def clean_up_all(self, days: int | None, *, dry_run: bool) -> None:
+        def cleaned(store: SwarmDB) -> object:
+            report = store.cleanup(days, dry_run=dry_run)
+            return [table.rows for table in report.tables], store.retention, store.last_cleanup is None
+
+        self.both(cleaned)
+
+    @rule()
+    def clean_up_agents(self) -> None:
+        self.both(lambda store: store.cleanup(policy=RetentionPolicy(agents=timedelta())))
 
     @rule()
     def check(self) -> None:

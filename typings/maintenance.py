@@ -1,9 +1,19 @@
 """Looking after the database."""
 
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import assert_type
 
-from moai_flow.memory import CheckReport, CorruptDataError, ForeignTime, SwarmDB, UnlistedValue
+from moai_flow.memory import (
+    CheckReport,
+    CleanedTable,
+    CleanupReport,
+    CorruptDataError,
+    ForeignTime,
+    RetentionPolicy,
+    SwarmDB,
+    UnlistedValue,
+)
 
 
 def care(db: SwarmDB) -> None:
@@ -15,6 +25,23 @@ def care(db: SwarmDB) -> None:
     assert_type(db.vacuum(), None)
     assert_type(db.backup("copy.db"), Path)
     db.backup(Path("copy.db"), overwrite=True)
+
+
+def retention(db: SwarmDB) -> None:
+    SwarmDB(retention=RetentionPolicy(events=timedelta(days=90), agents=timedelta(days=7), memory=None))
+    policy = assert_type(db.retention, RetentionPolicy)
+    assert_type(policy.events, timedelta | None)
+    assert_type(policy.is_off, bool)
+    assert_type(RetentionPolicy.of_days(7), RetentionPolicy)
+    assert_type(RetentionPolicy.keep_all(), RetentionPolicy)
+    assert_type(db.last_cleanup, datetime | None)
+    done = assert_type(db.cleanup(30), CleanupReport)
+    db.cleanup(days=30, dry_run=True)
+    db.cleanup(policy=policy)
+    assert_type((done.dry_run, done.rows), tuple[bool, int])
+    assert_type(done.tables, tuple[CleanedTable, ...])
+    for table in done.tables:
+        assert_type((table.table, table.rows, table.before), tuple[str, int, datetime | None])
 
 
 def report(db: SwarmDB) -> None:
@@ -37,6 +64,12 @@ def report(db: SwarmDB) -> None:
 def mistakes(db: SwarmDB) -> None:
     db.cleanup_old_events("30")  # type: ignore[arg-type]
     db.cleanup_old_events(days=0.5)  # type: ignore[arg-type]
+    db.cleanup("30")  # type: ignore[arg-type]
+    db.cleanup(30, RetentionPolicy())  # type: ignore[call-arg]
+    SwarmDB(retention=30)  # type: ignore[arg-type]
+    RetentionPolicy(events=30)  # type: ignore[arg-type]
+    RetentionPolicy(event=timedelta(days=30))  # type: ignore[call-arg]
+    db.retention = RetentionPolicy()  # type: ignore[misc]
     db.backup()  # type: ignore[call-arg]
     db.backup("copy.db", True)  # type: ignore[call-arg]  # noqa: FBT003
     db.check(True)  # type: ignore[call-arg]  # noqa: FBT003

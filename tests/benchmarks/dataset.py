@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-from moai_flow.memory import SwarmDB
+from moai_flow.memory import RetentionPolicy, SwarmDB
 from moai_flow.memory.models import new_id
 
 from .raw import INSERT_EVENT, TABLES, iso, spaced
@@ -49,7 +49,7 @@ def memory_of(number: int, rows: int) -> tuple[str, str, str]:
 
 def build(path: Path, rows: int, new_event_id: Callable[[], str]) -> None:
     """Make a file with *rows* rows in every table."""
-    SwarmDB(path).close()
+    SwarmDB(path, retention=RetentionPolicy.keep_all()).close()  # The rows are old ones.
     with closing(sqlite3.connect(path, isolation_level=None)) as raw:
         raw.execute("PRAGMA cache_size = -262144")
         raw.execute("PRAGMA synchronous = OFF")

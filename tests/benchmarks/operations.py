@@ -283,6 +283,12 @@ CASES = (
         writes=True,
         prepare=_with_old_events,
     ),
+    Case(
+        "cleanup, nothing is old",
+        "cleanup",
+        lambda store, number, rows: store.cleanup(days=9000),
+        50,
+    ),
     Case("size_bytes", "size_bytes", lambda store, number, rows: store.size_bytes(), 500),
     Case("schema_version", "schema_version", lambda store, number, rows: store.schema_version, 500),
     Case("check", "check", lambda store, number, rows: store.check(), 1, most_rows=100_000),

@@ -291,6 +291,19 @@ class RawSwarm:
         cutoff = iso(self._now() - timedelta(days=days))
         return self.raw.execute("DELETE FROM agent_events WHERE timestamp < ?", (cutoff,)).rowcount
 
+    def cleanup(self, days: int) -> None:
+        """Remove old events and metrics, and of each key all that was replaced long ago."""
+        cutoff = self._now() - timedelta(days=days)
+        self.raw.execute("DELETE FROM agent_events WHERE timestamp < ?", (iso(cutoff),))
+        for table in ("task_metrics", "agent_metrics", "swarm_metrics"):
+            self.raw.execute(f"DELETE FROM {table} WHERE timestamp < ?", (spaced(cutoff),))
+        self.raw.execute(
+            "DELETE FROM session_memory WHERE timestamp < ? AND EXISTS (SELECT 1 FROM session_memory AS newer WHERE "
+            "newer.session_id = session_memory.session_id AND newer.memory_type = session_memory.memory_type AND "
+            "newer.key = session_memory.key AND newer.id > session_memory.id AND newer.timestamp < ?)",
+            (iso(cutoff), iso(cutoff)),
+        )
+
     def vacuum(self) -> None:
         self.raw.execute("VACUUM")
         self.raw.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()

@@ -14,7 +14,7 @@ import psycopg
 from psycopg.rows import dict_row
 from psycopg.types.json import Json
 
-from moai_flow.memory import SwarmDB
+from moai_flow.memory import RetentionPolicy, SwarmDB
 from moai_flow.memory.models import new_id
 
 from .dataset import METADATA, START, STEP, VALUE, agent, memory_of
@@ -65,7 +65,7 @@ def test_server() -> Any:
 
 def fill(url: str, rows: int, new_event_id: Any) -> str:
     """Fill a database, and return its URL."""
-    SwarmDB(url=url).close()
+    SwarmDB(url=url, retention=RetentionPolicy.keep_all()).close()  # The rows are old ones.
     numbers = range(rows)
     tables: dict[str, Iterator[tuple[Any, ...]]] = {
         "agent_events (event_id, event_type, agent_id, agent_type, timestamp, metadata, created_at)": (

@@ -28,7 +28,7 @@ ROWS = 1000
 TIMES = {"timestamp", "created_at", "last_updated"}
 
 #: What is given back by chance, or is of another kind on the raw side.
-OF_ITS_OWN = {"insert_event", "insert_events", "backup", "session", "size_bytes"}
+OF_ITS_OWN = {"insert_event", "insert_events", "backup", "session", "size_bytes", "cleanup"}
 
 
 @pytest.fixture(scope="module")
@@ -139,8 +139,8 @@ def test_both_sides_copy_the_same(built: tuple[Path, Path], postgres_server: Ser
 def test_every_public_operation_is_measured() -> None:
     operations = {name for name, _ in inspect.getmembers(SwarmDB) if not name.startswith("_")}
 
-    # db_path asks no database, and closing is a part of what opening is measured with.
-    assert operations - {case.method for case in CASES} == {"close", "db_path"}
+    # db_path asks no database, closing is a part of what opening is measured with, and marks have no raw twin.
+    assert operations - {case.method for case in CASES} == {"close", "db_path", "retention", "last_cleanup"}
 
 
 def test_the_raw_side_has_the_same_settings(pair: tuple[SwarmDB, RawSwarm]) -> None:

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from multiprocessing import resource_tracker, spawn
 from pathlib import Path
 
@@ -134,6 +135,7 @@ def test_a_terminal_shows_a_progress_bar(folder: Path, tmp_path: Path) -> None:
     assert b"4/4" in output
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_an_interrupt_ends_every_agent(tmp_path: Path) -> None:
     folder = tmp_path / "folder"
     folder.mkdir()
@@ -155,6 +157,15 @@ def test_an_interrupt_ends_every_agent(tmp_path: Path) -> None:
         assert 0 < len(db.get_task_metrics(limit=3000)) < 3000
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Take interrupts, and have children take them, even where the tests run in the background of a shell."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_an_interrupt_while_processes_start_waits_until_they_have() -> None:
     has_started = False
     with pytest.raises(KeyboardInterrupt), interrupts_held_back():

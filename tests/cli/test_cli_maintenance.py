@@ -3,13 +3,15 @@
 import json
 import sqlite3
 from contextlib import closing
+from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import psycopg
 import pytest
 
 from cli.running import Command
-from moai_flow.memory import SwarmDB
+from moai_flow.memory import RetentionPolicy, SwarmDB
 from moai_flow.memory.migrations import VERSION
 from postgres import Server
 
@@ -32,21 +34,83 @@ def damage(path: Path) -> None:
     )
 
 
-def test_cleanup_deletes_old_events(swarmdb: Command, store: Path) -> None:
+def removed(answer: Any) -> dict[str, int]:
+    return {table["table"]: table["rows"] for table in answer["tables"] if table["rows"]}
+
+
+def test_cleanup_removes_what_is_old(swarmdb: Command, store: Path) -> None:
     with SwarmDB(store) as db:
         db.insert_event({"event_type": "spawn", "agent_id": "a-2", "agent_type": "expert-frontend"})
+        before = db.size_bytes()
 
-    assert swarmdb("cleanup", "--days", "1", "--db", store).out == "deleted 3 events older than 1 day\n"
-    assert swarmdb("cleanup", "--db", store, "--json").json == {"deleted_events": 0}
+    tried = swarmdb("cleanup", "--days", "1", "--dry-run", "--db", store, "--json").json
+    assert tried["dry_run"]
+    assert removed(tried)["agent_events"] == 3
+    out = swarmdb("cleanup", "--days", "1", "--dry-run", "--db", store).out
+    assert out.startswith("Would be removed")
+    assert len(swarmdb("events", "--db", store, "--json").json) == 4
+
+    done = swarmdb("cleanup", "--days", "1", "--db", store, "--json").json
+    assert done == {**done, "dry_run": False}
+    assert removed(done) == removed(tried)
+    assert swarmdb("cleanup", "--days", "1", "--db", store).out.startswith("Removed")
+    assert removed(swarmdb("cleanup", "--db", store, "--json").json) == {}
     assert len(swarmdb("events", "--db", store, "--json").json) == 1
+    with SwarmDB(store) as db:
+        assert db.size_bytes() == before
 
 
-def test_cleanup_keeps_30_days_unless_told_otherwise(swarmdb: Command, path: Path) -> None:
+def test_cleanup_keeps_what_the_database_keeps_unless_told_otherwise(swarmdb: Command, path: Path) -> None:
     with SwarmDB(path) as db:
         db.insert_event({"event_type": "spawn", "agent_id": "a", "agent_type": "t"})
         db.insert_event({"event_type": "error", "agent_id": "a", "agent_type": "t", "timestamp": "2001-01-01"})
 
-    assert swarmdb("cleanup", "--db", path, "--json").json == {"deleted_events": 1}
+    assert removed(swarmdb("cleanup", "--db", path, "--json").json) == {"agent_events": 1}
+    SwarmDB(path, retention=RetentionPolicy.keep_all()).close()
+    failed = swarmdb("cleanup", "--db", path)
+    assert failed.status == 1
+    assert failed.err == (
+        "swarmdb: days: got None, expected a number of days, or a policy, since this database keeps all\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("policy", "shown", "as_json"),
+    [
+        (
+            RetentionPolicy(events=timedelta(days=90), memory=None),
+            "retention       events: 90 days; memory: for ever; task metrics: 30 days; ",
+            {
+                "events": 90.0,
+                "memory": None,
+                "task_metrics": 30.0,
+                "agent_metrics": 30.0,
+                "swarm_metrics": 30.0,
+                "agents": None,
+            },
+        ),
+        (
+            RetentionPolicy.keep_all(),
+            "retention       off: nothing is removed by itself\n",
+            "off: nothing is removed by itself",
+        ),
+    ],
+)
+def test_status_says_what_is_removed_by_itself(
+    swarmdb: Command, path: Path, policy: RetentionPolicy, shown: str, as_json: Any
+) -> None:
+    SwarmDB(path, retention=policy).close()
+
+    assert shown in swarmdb("status", "--db", path).out
+    status = swarmdb("status", "--db", path, "--json").json
+    assert (status["retention"], status["last_cleanup"]) == (as_json, None)
+
+
+def test_status_says_that_the_retention_is_of_no_use(swarmdb: Command, path: Path) -> None:
+    with SwarmDB(path) as db, db.transaction() as raw:
+        raw.execute("UPDATE schema_info SET value = 'soon' WHERE key = 'retention'")
+
+    assert "holds 'soon', which is no policy" in swarmdb("status", "--db", path).out
 
 
 def test_vacuum_gives_space_back(swarmdb: Command, store: Path) -> None:

@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import socket
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +13,13 @@ from sqlalchemy.engine import URL
 from moai_flow.memory import SwarmDB
 from moai_flow.memory.cli import swarm
 from moai_flow.memory.cli.swarm import Finding, Plan, at_work, examine, files_of, printable, read_file, run_agent, take
+
+
+@pytest.fixture
+def store(path: Path) -> Iterator[SwarmDB]:
+    """An empty store by the clock of the processes, which would remove what is a year old."""
+    with SwarmDB(path) as db:
+        yield db
 
 
 @pytest.fixture
@@ -78,11 +86,11 @@ def test_a_folder_that_can_not_be_listed_is_left_for_an_agent_to_complain_about(
         examine(folder / deep)
 
 
-def test_a_name_that_is_no_unicode_can_be_stored(folder: Path, file_db: SwarmDB) -> None:
+def test_a_name_that_is_no_unicode_can_be_stored(folder: Path, store: SwarmDB) -> None:
     name = os.fsdecode(b"caf\xe9")
 
     assert printable(name) == "caf\\xe9"
-    assert file_db.store_memory("s", "semantic", printable(name), 1)
+    assert store.store_memory("s", "semantic", printable(name), 1)
 
 
 # What is counted
@@ -117,92 +125,92 @@ def test_a_long_line_is_read_in_pieces_and_counted_as_one(folder: Path, monkeypa
 # How it ends
 
 
-def test_every_file_is_read_once(folder: Path, file_db: SwarmDB) -> None:
+def test_every_file_is_read_once(folder: Path, store: SwarmDB) -> None:
     files = [f"{number}.txt" for number in range(60)]
     for file in files:
         (folder / file).write_text(file)
-    whole = plan(file_db, folder, files, processes=2, threads=2)
-    with at_work(file_db, whole) as progress:
+    whole = plan(store, folder, files, processes=2, threads=2)
+    with at_work(store, whole) as progress:
         counts = list(progress)
 
     assert counts == sorted(counts)
     assert counts[-1] == 60
-    metrics = file_db.get_task_metrics(limit=100)
+    metrics = store.get_task_metrics(limit=100)
     assert sorted(metric.task_id for metric in metrics) == sorted(files)
     assert {metric.result for metric in metrics} == {"success"}
-    assert [agent.status for agent in file_db.list_agents()] == ["complete"] * 4
-    assert len(file_db.get_events(event_type="spawn")) == 4
-    assert sum(event.metadata_["read"] for event in file_db.get_events(event_type="complete")) == 60
-    assert file_db.get_memory("run", "semantic", "7.txt", as_type=Finding) == Finding(5, 1, 1, 5, is_text=True)
+    assert [agent.status for agent in store.list_agents()] == ["complete"] * 4
+    assert len(store.get_events(event_type="spawn")) == 4
+    assert sum(event.metadata_["read"] for event in store.get_events(event_type="complete")) == 60
+    assert store.get_memory("run", "semantic", "7.txt", as_type=Finding) == Finding(5, 1, 1, 5, is_text=True)
 
 
-def test_a_process_that_is_killed_keeps_nobody_waiting(folder: Path, file_db: SwarmDB) -> None:
+def test_a_process_that_is_killed_keeps_nobody_waiting(folder: Path, store: SwarmDB) -> None:
     os.mkfifo(folder / "endless")  # Who opens it waits for a writer that never comes.
     (folder / "file").touch()
-    whole = plan(file_db, folder, ["endless", "file"], processes=2)
-    with at_work(file_db, whole) as progress:
+    whole = plan(store, folder, ["endless", "file"], processes=2)
+    with at_work(store, whole) as progress:
         for done in progress:
             children = multiprocessing.active_children()
             if done == 1 and len(children) == 1:
                 children[0].kill()
 
-    assert sorted(agent.status for agent in file_db.list_agents()) == ["complete", "error"]
-    (error,) = file_db.get_events(event_type="error")
+    assert sorted(agent.status for agent in store.list_agents()) == ["complete", "error"]
+    (error,) = store.get_events(event_type="error")
     assert error.metadata_ == {"file": "endless", "reason": "its process ended with exit code -9"}
-    (metric,) = file_db.get_task_metrics("endless")
+    (metric,) = store.get_task_metrics("endless")
     assert (metric.result, metric.duration_ms) == ("cancelled", None)
 
 
 def test_an_interrupt_does_not_wait_long_for_a_file_that_never_ends(
-    folder: Path, file_db: SwarmDB, monkeypatch: pytest.MonkeyPatch
+    folder: Path, store: SwarmDB, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(swarm, "GRACE", 0.1)
     os.mkfifo(folder / "endless")
-    whole = plan(file_db, folder, ["endless", "file"])
-    with pytest.raises(KeyboardInterrupt), at_work(file_db, whole) as progress:
+    whole = plan(store, folder, ["endless", "file"])
+    with pytest.raises(KeyboardInterrupt), at_work(store, whole) as progress:
         for _ in progress:
-            if file_db.list_agents("running"):
+            if store.list_agents("running"):
                 raise KeyboardInterrupt
 
     assert multiprocessing.active_children() == []
-    assert [agent.status for agent in file_db.list_agents()] == ["error"]
-    assert file_db.get_task_metrics("file") == []
+    assert [agent.status for agent in store.list_agents()] == ["error"]
+    assert store.get_task_metrics("file") == []
 
 
 def test_a_process_that_fails_says_so_in_one_line(
-    folder: Path, file_db: SwarmDB, capfd: pytest.CaptureFixture[str]
+    folder: Path, store: SwarmDB, capfd: pytest.CaptureFixture[str]
 ) -> None:
     (folder / "file").touch()
-    here = plan(file_db, folder, ["file"], threads=2)
+    here = plan(store, folder, ["file"], threads=2)
     (folder / "no.db").write_text("not a database" * 100)
-    with at_work(file_db, replace(here, url=URL.create("sqlite", database=str(folder / "no.db")))) as progress:
+    with at_work(store, replace(here, url=URL.create("sqlite", database=str(folder / "no.db")))) as progress:
         # The file that the first agent took has a result, so it is not in anybody's hand.
-        assert take(file_db, here, "run-1") == "file"
-        assert read_file(file_db, here, "run-1", "file")
+        assert take(store, here, "run-1") == "file"
+        assert read_file(store, here, "run-1", "file")
         assert list(progress)[-1] == 1
 
     said = capfd.readouterr().err
     assert f"swarmdb: {folder / 'no.db'}: file is not a database\n" in said
     assert "Traceback" not in said
-    assert [agent.status for agent in file_db.list_agents()] == ["error"] * 2
-    assert [event.metadata_ for event in file_db.get_events(event_type="error")] == [
+    assert [agent.status for agent in store.list_agents()] == ["error"] * 2
+    assert [event.metadata_ for event in store.get_events(event_type="error")] == [
         {"file": None, "reason": "its process ended with exit code 1"}
     ] * 2
-    assert [metric.result for metric in file_db.get_task_metrics()] == ["success"]
+    assert [metric.result for metric in store.get_task_metrics()] == ["success"]
 
 
 def test_an_agent_does_not_wait_long_for_one_that_never_comes(
-    folder: Path, file_db: SwarmDB, monkeypatch: pytest.MonkeyPatch
+    folder: Path, store: SwarmDB, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(swarm, "GRACE", 0.05)
     (folder / "file").touch()
-    here = plan(file_db, folder, ["file", "gone"], threads=2)
+    here = plan(store, folder, ["file", "gone"], threads=2)
     for agent_id in here.agents:
-        file_db.register_agent(agent_id, swarm.AGENT_TYPE)
-    run_agent(file_db, here, "run-1")
+        store.register_agent(agent_id, swarm.AGENT_TYPE)
+    run_agent(store, here, "run-1")
 
-    (completed,) = file_db.get_events(event_type="complete")
+    (completed,) = store.get_events(event_type="complete")
     assert completed.metadata_ == {"read": 1, "unreadable": 1}
-    (error,) = file_db.get_events(event_type="error")
+    (error,) = store.get_events(event_type="error")
     assert error.metadata_ == {"file": "gone", "reason": "No such file or directory"}
-    assert [metric.result for metric in file_db.get_task_metrics("gone")] == ["failure"]
+    assert [metric.result for metric in store.get_task_metrics("gone")] == ["failure"]

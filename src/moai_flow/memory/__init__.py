@@ -48,6 +48,7 @@ from moai_flow.memory.models import (
     TaskMetric,
 )
 from moai_flow.memory.operations.maintenance import CheckReport, ForeignTime, UnlistedValue
+from moai_flow.memory.operations.retention import CleanedTable, CleanupReport, RetentionPolicy
 from moai_flow.memory.scope import RawConnection, RawCursor
 
 __all__ = [
@@ -60,6 +61,8 @@ __all__ = [
     "AgentStatusLike",
     "BusyError",
     "CheckReport",
+    "CleanedTable",
+    "CleanupReport",
     "ClosedError",
     "ConflictError",
     "CorruptDataError",
@@ -75,6 +78,7 @@ __all__ = [
     "RawConnection",
     "RawCursor",
     "RegisteredAgent",
+    "RetentionPolicy",
     "SchemaError",
     "SchemaInfo",
     "SessionMemory",

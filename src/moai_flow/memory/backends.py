@@ -34,13 +34,14 @@ class Backend(ABC):
         """Whether a transaction is open on it."""
 
     @abstractmethod
-    def begin(self, raw: Any, *, readonly: bool, alone: bool) -> None:
+    def begin(self, raw: Any, *, readonly: bool, alone: bool, patient: bool = True) -> None:
         """Begin a transaction, and take the write lock where the database has one.
 
         Args:
             raw: The driver's connection.
             readonly: Whether it only reads.
             alone: Whether what it reads has to stay true until it commits.
+            patient: Whether it waits for locks as long as the connection usually does; else for next to no time.
         """
 
     @abstractmethod
@@ -127,8 +128,16 @@ class SQLite(Backend):
     def in_transaction(self, raw: Any) -> bool:
         return self.is_open(raw) and bool(raw.in_transaction)
 
-    def begin(self, raw: Any, *, readonly: bool, alone: bool) -> None:
-        raw.execute("BEGIN" if readonly else "BEGIN IMMEDIATE")
+    def begin(self, raw: Any, *, readonly: bool, alone: bool, patient: bool = True) -> None:
+        if patient:
+            raw.execute("BEGIN" if readonly else "BEGIN IMMEDIATE")
+            return
+        (milliseconds,) = raw.execute("PRAGMA busy_timeout").fetchone()
+        raw.execute("PRAGMA busy_timeout = 0")
+        try:
+            raw.execute("BEGIN IMMEDIATE")
+        finally:
+            raw.execute(f"PRAGMA busy_timeout = {milliseconds:d}")
 
     def begin_reading(self, raw: Any) -> None:
         raw.execute("SELECT 1 FROM sqlite_master").fetchone()  # The first read is what the snapshot shows.
@@ -194,11 +203,13 @@ class PostgreSQL(Backend):
     def in_transaction(self, raw: Any) -> bool:
         return not raw.closed and raw.pgconn.transaction_status != _IDLE
 
-    def begin(self, raw: Any, *, readonly: bool, alone: bool) -> None:
+    def begin(self, raw: Any, *, readonly: bool, alone: bool, patient: bool = True) -> None:
         # The next statement begins it. So does one after a raw commit(): the end of the block rolls that back.
         raw.autocommit = False
         raw.read_only = readonly
         raw.isolation_level = _REPEATABLE_READ if readonly else _SERIALIZABLE if alone else _READ_COMMITTED
+        if not patient:
+            raw.execute("SET LOCAL lock_timeout = '50ms'")
 
     def begin_reading(self, raw: Any) -> None:
         raw.execute("SET TRANSACTION READ ONLY")

@@ -3,7 +3,7 @@
 import os
 import weakref
 from collections.abc import Callable
-from datetime import datetime
+from datetime import UTC, datetime
 from types import TracebackType
 from typing import Self, cast
 
@@ -20,6 +20,7 @@ from moai_flow.memory.operations.events import EventOperations
 from moai_flow.memory.operations.maintenance import MaintenanceOperations
 from moai_flow.memory.operations.memory import MemoryOperations
 from moai_flow.memory.operations.metrics import MetricOperations
+from moai_flow.memory.operations.retention import RetentionOperations, RetentionPolicy
 from moai_flow.memory.scope import RawConnection, translating
 from moai_flow.memory.statements import Programs
 from moai_flow.memory.types import utc_now
@@ -32,7 +33,14 @@ _LONGEST_TIMEOUT = 2_147_483
 _LARGEST_CACHE = 2_097_151
 
 
-class SwarmDB(EventOperations, AgentOperations, MemoryOperations, MetricOperations, MaintenanceOperations):
+class SwarmDB(
+    EventOperations,
+    AgentOperations,
+    MemoryOperations,
+    MetricOperations,
+    RetentionOperations,
+    MaintenanceOperations,
+):
     """Everything a swarm remembers, behind one object.
 
     One object serves all threads of a process. After a fork the child uses it on, with connections of its own; of a
@@ -56,6 +64,7 @@ class SwarmDB(EventOperations, AgentOperations, MemoryOperations, MetricOperatio
         page_cache_mib: int = PAGE_CACHE_MIB,
         statement_timeout: float | None = None,
         pool_size: int = 10,
+        retention: RetentionPolicy | None = None,
         clock: Callable[[], datetime] = utc_now,
     ) -> None:
         """Open the database, and make it if it does not exist.
@@ -79,6 +88,9 @@ class SwarmDB(EventOperations, AgentOperations, MemoryOperations, MetricOperatio
             statement_timeout: How long the server may work on one statement, in seconds. Default: as the server says.
                 It is PostgreSQL's.
             pool_size: How many connections to the server may be open at once. It is PostgreSQL's.
+            retention: How long rows are kept before they are removed by themselves. It is written into the database,
+                for whoever uses it from then on. Default: as the database says, which is 30 days in a new one, and
+                for ever in one that an older program made.
             clock: Returns the present moment, aware of its zone. For tests.
 
         Raises:
@@ -106,7 +118,10 @@ class SwarmDB(EventOperations, AgentOperations, MemoryOperations, MetricOperatio
             if not 0.001 <= statement_timeout <= _LONGEST_TIMEOUT:
                 raise InvalidInputError("statement_timeout", statement_timeout, f"seconds up to {_LONGEST_TIMEOUT}")
         pool_size = inputs.whole(pool_size, field="pool_size", least=1)
+        if retention is not None and not isinstance(retention, RetentionPolicy):
+            raise InvalidInputError("retention", retention, "a RetentionPolicy, or None for the database's own")
         self._clock = clock
+        self._cleanup_due = datetime.min.replace(tzinfo=UTC)
         self._location = locate(db_path, url) if engine is None else locate_engine(engine)
         where = str(self._location)
         if engine is None:
@@ -123,12 +138,18 @@ class SwarmDB(EventOperations, AgentOperations, MemoryOperations, MetricOperatio
         self._programs = Programs(held.connection.dialect, where)
         try:
             with translating(where):
-                bring_up_to_date(held, self._location, wal_wait=busy_timeout if engine is None else None)
+                bring_up_to_date(held, self._location, wal_wait=busy_timeout if engine is None else None, now=clock())
         except BaseException:
             self._connections.discard(held)
             self.close()
             raise
         self._connections.give(held)
+        if retention is not None:
+            try:
+                self._set_retention(retention)
+            except BaseException:
+                self.close()
+                raise
 
     def _get_connection(self) -> RawConnection:
         """Return this thread's own driver connection, in the driver's own implicit transaction mode.

@@ -49,7 +49,7 @@ from moai_flow.memory.models import (
     table_of,
 )
 from moai_flow.memory.statements import Program, Statement
-from moai_flow.memory.types import ISOText, UTCDateTime, decode_time, encode_iso, utc_now
+from moai_flow.memory.types import ISOText, UTCDateTime, decode_time, encode_iso
 
 #: The version of the schema that this package reads and writes.
 VERSION = "2.1.0"
@@ -69,13 +69,14 @@ def read_version(raw: sqlite3.Connection) -> str | None:
     return None if row is None else str(row[0])
 
 
-def bring_up_to_date(held: Held, location: Location, *, wal_wait: float | None) -> None:
+def bring_up_to_date(held: Held, location: Location, *, wal_wait: float | None, now: datetime) -> None:
     """Bring the database to `VERSION`. One that has it already is only read, without a lock.
 
     Args:
         held: An open connection to it.
         location: Where it is.
         wal_wait: How long, in seconds, to try to switch its file to WAL; None leaves the journal to its owner.
+        now: What the database notes as the time of it.
 
     Raises:
         SchemaError: If the database is of a newer version, or one of its tables is not what its name says.
@@ -83,7 +84,7 @@ def bring_up_to_date(held: Held, location: Location, *, wal_wait: float | None) 
         StorageError: If the copy that is made of an older file can't be written.
     """
     if location.is_on_server:
-        _bring_server_up_to_date(held, location)
+        _bring_server_up_to_date(held, location, now)
         return
     raw = held.raw
     version = read_version(raw)
@@ -99,7 +100,7 @@ def bring_up_to_date(held: Held, location: Location, *, wal_wait: float | None) 
         version = read_version(raw)
         if version != VERSION:  # Nobody did it while this process waited for the lock.
             _check_known(version, location)
-            _migrate(held, location, version)
+            _migrate(held, location, version, now)
 
 
 def time_columns() -> Iterator[tuple[type[Record], Column[Any]]]:
@@ -181,7 +182,7 @@ def found_version(location: Location) -> str | None:
         connections.discard(held)
 
 
-def _bring_server_up_to_date(held: Held, location: Location) -> None:
+def _bring_server_up_to_date(held: Held, location: Location, now: datetime) -> None:
     if _version_on_server(held.raw) == VERSION:
         return
     raw, backend = held.raw, held.backend
@@ -191,7 +192,7 @@ def _bring_server_up_to_date(held: Held, location: Location) -> None:
         version = _version_on_server(held.raw)
         if version != VERSION:  # Nobody did it while this process waited for the lock.
             _check_known(version, location)
-            _migrate_server(held.connection, location)
+            _migrate_server(held.connection, location, now)
     backend.take_back(raw, held.usual)
 
 
@@ -208,7 +209,7 @@ def _version_on_server(raw: Any) -> str | None:
     return None if row is None else str(row[0])
 
 
-def _migrate_server(connection: Connection, location: Location) -> None:
+def _migrate_server(connection: Connection, location: Location, now: datetime) -> None:
     tables, found = server_tables(), inspect(connection)
     adopted = [table for table in tables.sorted_tables if found.has_table(table.name)]
     for table in adopted:
@@ -217,7 +218,7 @@ def _migrate_server(connection: Connection, location: Location) -> None:
     for table in adopted:
         for index in table.indexes:
             index.create(connection, checkfirst=True)
-    info, now = tables.tables[str(SchemaInfo.__tablename__)], utc_now()
+    info = tables.tables[str(SchemaInfo.__tablename__)]
     for key, value, keep in (("version", VERSION, False), ("retention", "off" if adopted else "default", True)):
         old = connection.scalar(select(info.c.value).where(info.c.key == key))
         row = {"key": key, "value": value, "updated_at": now}
@@ -277,7 +278,7 @@ def _use_write_ahead_log(raw: sqlite3.Connection, location: Location, wait: floa
         time.sleep(0.01)
 
 
-def _migrate(held: Held, location: Location, version: str | None) -> None:
+def _migrate(held: Held, location: Location, version: str | None, now: datetime) -> None:
     raw: sqlite3.Connection = held.raw
     adopted = _adoptable(raw, location)
     if adopted and location.path is not None:
@@ -289,13 +290,13 @@ def _migrate(held: Held, location: Location, version: str | None) -> None:
     if adopted:
         with SQLite.reading_leniently(raw):  # What is not UTF-8 is no time, and stays.
             _normalise_times(held, str(location))
-    now = encode_iso(utc_now())
+    noted = encode_iso(now)
     upsert = "INSERT INTO schema_info (key, value, updated_at) VALUES (?, ?, ?) ON CONFLICT (key) DO "
     raw.execute(
-        upsert + "UPDATE SET value = excluded.value, updated_at = excluded.updated_at", ("version", VERSION, now)
+        upsert + "UPDATE SET value = excluded.value, updated_at = excluded.updated_at", ("version", VERSION, noted)
     )
     # Whether rows may one day be removed unasked: never from a file whose owner did not expect it.
-    raw.execute(upsert + "NOTHING", ("retention", "off" if adopted else "default", now))
+    raw.execute(upsert + "NOTHING", ("retention", "off" if adopted else "default", noted))
 
 
 def _adoptable(raw: sqlite3.Connection, location: Location) -> list[type[Record]]:

@@ -80,9 +80,19 @@ class Block:
     since.
     """
 
-    def __init__(self, held: Held, task: object, outer: "Block | None", *, readonly: bool, alone: bool = True) -> None:
+    def __init__(
+        self,
+        held: Held,
+        task: object,
+        outer: "Block | None",
+        *,
+        readonly: bool,
+        alone: bool = True,
+        patient: bool = True,
+    ) -> None:
         self.held = held
         self._alone = alone
+        self._patient = patient
         self.task = task
         self.outer = outer
         self.readonly = readonly
@@ -106,7 +116,7 @@ class Block:
         raw, backend = self.held.raw, self.held.backend
         if self.outer is None:
             self.held.connection.begin()  # It sends nothing; it lets an ORM session join.
-            backend.begin(raw, readonly=self.readonly, alone=self._alone)
+            backend.begin(raw, readonly=self.readonly, alone=self._alone, patient=self._patient)
         raw.execute("SAVEPOINT swarmdb")  # Nested ones may share a name: the innermost is meant.
         self._has_savepoint = True
         if self.readonly:
@@ -179,6 +189,8 @@ class Scope:
     """Runs statements in the caller's transaction if there is one, and each in its own if there is none."""
 
     _clock: Callable[[], datetime]
+    #: From when on a write looks whether old rows are to be removed.
+    _cleanup_due: datetime
     _connections: Connections
     _location: Location
     _programs: Programs
@@ -250,6 +262,9 @@ class Scope:
                     with suppress(SQLAlchemyError):
                         session.close()
 
+    def _clean_if_due(self) -> None:
+        """Remove a few old rows if it is time to. Retention is a group of its own, which defines this."""
+
     # What the operation groups are made of.
 
     def _rows(self, query: Query[R], values: Mapping[str, Any]) -> list[R]:
@@ -300,6 +315,8 @@ class Scope:
             if statement.writes is not None:  # What is only added changes nothing that was loaded.
                 block.expire(statement.writes)
             return cursor
+        if self._clock() >= self._cleanup_due:
+            self._clean_if_due()
         held = self._connections.take()
         try:
             return program.execute(held.raw, bound)
@@ -316,6 +333,8 @@ class Scope:
                 rows = program.fetch(block.held.raw, bound)
             block.expire(table_of(query.model))
         else:
+            if self._clock() >= self._cleanup_due:
+                self._clean_if_due()
             held = self._connections.take()
             try:
                 rows = program.fetch(held.raw, bound)
@@ -381,12 +400,13 @@ class Scope:
             )
 
     @contextmanager
-    def _block(self, *, readonly: bool = False, alone: bool = True) -> Iterator[Block]:
+    def _block(self, *, readonly: bool = False, alone: bool = True, patient: bool = True) -> Iterator[Block]:
         """Open a transaction, or a savepoint in the one that this thread and task have open.
 
         Args:
             readonly: Whether it refuses writes, and shows one snapshot.
             alone: Whether what it reads has to stay true until it commits.
+            patient: Whether it waits for other writers; else it raises `BusyError` at once.
         """
         connections = self._connections
         connections.check_open()
@@ -402,9 +422,11 @@ class Scope:
             return
         if not readonly or self._location.is_in_memory:
             self._refuse_to_wait()
+        if not readonly and self._clock() >= self._cleanup_due:
+            self._clean_if_due()
         task = _current_task()
         held = connections.take()
-        block = Block(held, task, None, readonly=readonly, alone=alone)
+        block = Block(held, task, None, readonly=readonly, alone=alone, patient=patient)
         try:
             with self._entered(block):
                 yield block

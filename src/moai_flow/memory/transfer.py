@@ -15,6 +15,7 @@ from moai_flow.memory import inputs
 from moai_flow.memory.db import SwarmDB
 from moai_flow.memory.errors import ConflictError, CorruptDataError, InvalidInputError, StorageError, SwarmDBError
 from moai_flow.memory.models import TABLES, Record, SchemaInfo, columns, table_of
+from moai_flow.memory.operations.retention import MARK
 from moai_flow.memory.scope import translating
 from moai_flow.memory.statements import Query, Row, RowDecoder, Statement, insert_for
 from moai_flow.memory.types import AsStored, Decoder, ISOText, Real, UTCDateTime, is_postgresql
@@ -523,17 +524,8 @@ _INFO = table_of(SchemaInfo)
 _RETENTION = Statement(select(_INFO.c.value).where(_INFO.c.key == "retention"))
 
 
-def _mark(dialect: Dialect) -> Any:
-    mark = insert_for(dialect, _INFO)
-    changed = {"value": mark.excluded.value, "updated_at": mark.excluded.updated_at}
-    return mark.on_conflict_do_update(index_elements=["key"], set_=changed)
-
-
-_MARK = Statement(_mark, writes=_INFO)
-
-
 def _set_retention(target: SwarmDB, value: str) -> None:
-    target._write(_MARK, {"key": "retention", "value": value, "updated_at": target._clock()})
+    target._write(MARK, {"key": "retention", "value": value, "updated_at": target._clock()})
 
 
 # Verifying

@@ -5,7 +5,7 @@ import sqlite3
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from importlib import metadata
 from pathlib import Path
 from time import perf_counter
@@ -21,6 +21,7 @@ from moai_flow.memory import (
     AgentEvent,
     AgentStatus,
     CheckReport,
+    CorruptDataError,
     EventType,
     InvalidInputError,
     MemoryType,
@@ -216,13 +217,33 @@ def status(*, db: Database = None, as_json: AsJSON = False) -> None:
             **_software(session),
             "oldest_event": _moment(session.exec(select(func.min(event_time))).one()),
             "newest_event": _moment(session.exec(select(func.max(event_time))).one()),
+            "retention": _retention(store),
+            "last_cleanup": store.last_cleanup,
         }
     if as_json:
         show.as_json({**about, "rows": rows, "agents": agents})
         return
+    kept = about["retention"]
+    if isinstance(kept, dict):
+        about["retention"] = "; ".join(f"{name.replace('_', ' ')}: {_age(days)}" for name, days in kept.items())
     show.facts({name.replace("_", " "): value for name, value in about.items()})
     show.table("Rows", [show.text("table"), show.number("rows")], rows.items())
     show.table("Agents", [show.text("status"), show.number("agents")], sorted(agents.items()))
+
+
+def _age(days: float | None) -> str:
+    return "for ever" if days is None else f"{days:g} days"
+
+
+def _retention(store: SwarmDB) -> Any:
+    """Return how many days each kind of row is kept before it is removed by itself."""
+    try:
+        policy = store.retention
+    except CorruptDataError as error:
+        return error.reason
+    if policy.is_off:
+        return "off: nothing is removed by itself"
+    return {name: None if age is None else age / timedelta(days=1) for name, age in vars(policy).items()}
 
 
 def _software(session: DatabaseSession) -> dict[str, str]:
@@ -398,18 +419,25 @@ def delete_memory(session_id: Session, memory_type: Kind, key: Key, *, db: Datab
 @app.command()
 def cleanup(
     *,
-    days: Annotated[int, typer.Option(help="Delete what is older than so many days.")] = 30,
+    days: Annotated[
+        int | None,
+        typer.Option(help="Remove what is older than so many days. Default: as the database's retention says."),
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Remove nothing, and show what would be removed.")] = False,
     db: Database = None,
     as_json: AsJSON = False,
 ) -> None:
-    """Delete old events."""
+    """Remove old events and metrics, and memory that was replaced or has expired."""
     with _opened(db) as store:
-        deleted = store.cleanup_old_events(days)
+        done = store.cleanup(days, dry_run=dry_run)
     if as_json:
-        show.as_json({"deleted_events": deleted})
-    else:
-        events, age = show.counted(deleted, "event", "events"), show.counted(days, "day", "days")
-        show.line(f"deleted {events} older than {age}")
+        show.as_json({"dry_run": done.dry_run, "tables": [vars(table) for table in done.tables]})
+        return
+    show.table(
+        "Would be removed" if done.dry_run else "Removed",
+        [show.text("table"), show.number("rows"), show.time("older than (UTC)")],
+        ((table.table, table.rows, table.before) for table in done.tables),
+    )
 
 
 @app.command()

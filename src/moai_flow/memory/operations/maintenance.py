@@ -1,4 +1,4 @@
-"""Looking after the database: cleaning up, compacting, copying, and checking that all is well."""
+"""Looking after the database: compacting, copying, and checking that all is well."""
 
 import os
 import sqlite3
@@ -6,7 +6,6 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,7 +18,6 @@ from sqlalchemy import (
     MetaData,
     Table,
     Text,
-    bindparam,
     delete,
     exists,
     func,
@@ -29,7 +27,6 @@ from sqlalchemy import (
     type_coerce,
 )
 
-from moai_flow.memory import inputs
 from moai_flow.memory.connections import Held, copy_to
 from moai_flow.memory.engine import path_of_file
 from moai_flow.memory.errors import (
@@ -41,14 +38,12 @@ from moai_flow.memory.errors import (
     TransactionError,
 )
 from moai_flow.memory.migrations import time_columns, unnormalised
-from moai_flow.memory.models import TABLES, AgentEvent, Record, SchemaInfo, SessionMemory, rowid_column, table_of
+from moai_flow.memory.models import TABLES, Record, SchemaInfo, SessionMemory, rowid_column, table_of
 from moai_flow.memory.scope import Scope, translating
 from moai_flow.memory.statements import RowDecoder, Statement
 from moai_flow.memory.types import EnumText, is_postgresql
 
-_EVENTS = table_of(AgentEvent)
 _VERSION = Statement(select(table_of(SchemaInfo).c.value).where(table_of(SchemaInfo).c.key == "version"))
-_DELETE_EVENTS = Statement(delete(_EVENTS).where(_EVENTS.c.timestamp < bindparam("cutoff")), writes=_EVENTS)
 _SIZE_ON_SERVER = Statement(select(func.pg_database_size(func.current_database())))
 _PRAGMAS = {"page_count": "PRAGMA page_count", "page_size": "PRAGMA page_size"}
 
@@ -165,29 +160,6 @@ class MaintenanceOperations(Scope):
             return int(size)
         pages = self._pragma("page_count")
         return int(pages) * int(self._pragma("page_size"))
-
-    def cleanup_old_events(self, days: int = 30) -> int:
-        """Delete events older than *days*.
-
-        Args:
-            days: Age in days, counted from now. Zero deletes all that happened before now.
-
-        Returns:
-            How many events were deleted.
-
-        Raises:
-            InvalidInputError: If *days* is negative or no whole number.
-            BusyError: If another writer keeps the database for longer than the busy timeout.
-            StorageError: If the database can't be written.
-            ClosedError: After `close`.
-        """
-        days = inputs.whole(days, field="days")
-        try:
-            cutoff = self._clock() - timedelta(days=days)
-        except OverflowError:
-            return 0  # Older than time itself.
-        deleted: int = self._write(_DELETE_EVENTS, {"cutoff": cutoff}).rowcount
-        return deleted
 
     def vacuum(self) -> None:
         """Rebuild the database's file, which gives the space of deleted rows back to the disk.
