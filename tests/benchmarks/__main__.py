@@ -52,6 +52,10 @@ def _measurements(options: argparse.Namespace, folder: Path) -> Iterator[Measure
             yield starting.measure_opening(ours, rounds=options.rounds, rows=rows)
         if rows <= LARGEST_COPIED:
             yield from _many_writers(ours, raw, rows, options)
+        if options.only in "insert_event, longest wait during cleanup_old_events, 100,000" and rows == max(
+            options.rows
+        ):
+            yield concurrency.measure_waits(ours, raw, rounds=options.rounds, rows=rows)
         for path in folder.iterdir():
             path.unlink()
     if options.only in "import moai_flow.memory":

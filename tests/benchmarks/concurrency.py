@@ -10,8 +10,8 @@ from typing import Any, Literal
 
 from moai_flow.memory import SwarmDB
 
-from .measuring import Measurement, Timed, compare
-from .operations import EVENTS
+from .measuring import Measurement, Timed, compare, timed
+from .operations import EVENTS, with_many_old_events
 from .raw import RawSwarm
 
 Side = Literal["ours", "raw"]
@@ -68,6 +68,48 @@ def measure_processes(
             durability=durability,
             at_most=at_most,
         )
+
+
+def measure_waits(ours: Path, raw: Path, *, rounds: int, rows: int) -> Measurement:
+    """Compare how long a writer waits at most while a hundred thousand rows are removed."""
+    with (
+        closing(opened("ours", ours, "normal")) as mine,
+        closing(opened("raw", raw, "normal")) as other,
+        closing(opened("raw", raw, "normal")) as beside,
+    ):
+        return compare(
+            "insert_event, longest wait during cleanup_old_events, 100,000",
+            lambda: _longest_wait(mine, mine),
+            lambda: _longest_wait(other, beside),
+            rounds=max(3, rounds // 3),
+            calls=1,
+            rows=rows,
+            durability="normal",
+        )
+
+
+def _longest_wait(store: Any, writer: Any) -> float:
+    """Return the longest time that an insert took while *store* was cleaned up, in seconds."""
+    with_many_old_events(store, range(1), 0)
+    is_over, has_begun = threading.Event(), threading.Event()
+    waits: list[float] = []
+
+    def write() -> None:
+        while not is_over.is_set():
+            waits.append(timed(lambda: insert_some(writer, 1)))
+            has_begun.set()
+
+    thread = threading.Thread(target=write)
+    thread.start()
+    try:
+        has_begun.wait()
+        removed = store.cleanup_old_events(days=9000)
+    finally:
+        is_over.set()
+        thread.join()
+    if removed != 100_000:
+        raise RuntimeError(f"{removed} rows were removed")
+    return max(waits)
 
 
 def _in_threads(stores: list[Any], each: int) -> float:

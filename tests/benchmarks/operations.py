@@ -81,8 +81,16 @@ def _ten_added(store: Store, number: int, rows: int) -> object:
 _NOW = iso(datetime.fromisoformat("2026-01-01T00:00:00+00:00"))
 
 
+OLD = "1999-01-01T00:00:00.000000+00:00"
+
+
 def _with_old_events(store: Store, numbers: range, rows: int) -> None:
-    store.insert_events({**EVENTS[0], "timestamp": "1999-01-01T00:00:00.000000+00:00"} for _ in range(1000))
+    store.insert_events({**EVENTS[0], "timestamp": OLD} for _ in range(1000))
+
+
+def with_many_old_events(store: Store, numbers: range, rows: int) -> None:
+    """Add a hundred thousand events that are old."""
+    store.insert_events({**EVENTS[number % len(EVENTS)], "timestamp": OLD} for number in range(100_000))
 
 
 CASES = (
@@ -282,6 +290,16 @@ CASES = (
         1,
         writes=True,
         prepare=_with_old_events,
+    ),
+    Case(
+        "cleanup_old_events, 100,000",
+        "cleanup_old_events",
+        lambda store, number, rows: store.cleanup_old_events(days=9000),
+        1,
+        writes=True,
+        prepare=with_many_old_events,
+        at_most=1.2,
+        bar_rows=(1_000_000,),
     ),
     Case(
         "cleanup, nothing is old",

@@ -155,14 +155,14 @@ class CleanupReport:
 
 #: How many rows are removed at a time: as part of somebody's write, and by a cleanup that was asked for. The latter is
 #: as fast as one statement for all, and lets other writers in between.
-_FEW, _MANY = 1000, 20_000
+_FEW, _MANY = 1000, 30_000
 
 #: How many memories are looked at in a search for those that can go.
 _LOOKED_AT = 5000
 
 #: A cleanup pauses between two chunks, for this share of the time that the last one took. SQLite has no queue: who
 #: waits for the write lock asks for it now and then, and has to find it free.
-_PAUSE = 0.05
+_PAUSE = 0.03
 
 
 def _oldest(model: type[Record]) -> Statement:
