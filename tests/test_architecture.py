@@ -24,6 +24,7 @@ LAYERS = [
     ["scope"],
     ["operations.agents", "operations.events", "operations.maintenance", "operations.memory", "operations.metrics"],
     ["db"],
+    ["reading"],
     ["transfer"],
 ]
 LEVEL = {module: level for level, modules in enumerate(LAYERS) for module in modules}

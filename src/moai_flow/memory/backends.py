@@ -3,7 +3,7 @@
 import sqlite3
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from typing import Any, ClassVar
 
@@ -76,7 +76,7 @@ class Backend(ABC):
         """Return the number that the row got which *cursor* has just inserted."""
 
     @abstractmethod
-    def chunks(self, raw: Any, sql: str, size: int) -> Iterator[list[Any]]:
+    def chunks(self, raw: Any, sql: str, size: int, bound: Sequence[Any] = ()) -> Generator[list[Any], None, None]:
         """Yield the rows of *sql*, so many at a time, without holding all of them. It needs a transaction."""
 
     @staticmethod
@@ -152,8 +152,8 @@ class SQLite(Backend):
         cursor.row_factory = None
         return cursor
 
-    def chunks(self, raw: Any, sql: str, size: int) -> Iterator[list[Any]]:
-        cursor = raw.execute(sql)
+    def chunks(self, raw: Any, sql: str, size: int, bound: Sequence[Any] = ()) -> Generator[list[Any], None, None]:
+        cursor = raw.execute(sql, bound)
         while chunk := cursor.fetchmany(size):
             yield chunk
 
@@ -224,9 +224,9 @@ class PostgreSQL(Backend):
     def is_idle(self, raw: Any) -> bool:
         return bool(raw.pgconn.transaction_status == _IDLE)
 
-    def chunks(self, raw: Any, sql: str, size: int) -> Iterator[list[Any]]:
+    def chunks(self, raw: Any, sql: str, size: int, bound: Sequence[Any] = ()) -> Generator[list[Any], None, None]:
         with raw.cursor(name="swarmdb_chunks") as cursor:
-            cursor.execute(sql)
+            cursor.execute(sql, bound)
             while chunk := cursor.fetchmany(size):
                 yield chunk
 

@@ -6,8 +6,10 @@ SQLAlchemy's execution events and ``echo``, so statements are logged here, at de
 """
 
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from contextlib import closing
 from copy import copy
+from itertools import chain
 from typing import Any, Generic, TypeVar, cast
 
 from sqlalchemy import Column, Dialect, Executable, Table, bindparam, insert
@@ -128,6 +130,24 @@ class Program:
                 raise self.rows.first_fault(rows) from error
             raise translated(error, self._where) from error
         return rows
+
+    def chunks(self, raw: Any, bound: Bound, size: int) -> Generator[list[Row], None, None]:
+        """Run on a driver's connection, in a transaction, and yield *size* rows at a time, holding no more.
+
+        Raises:
+            SwarmDBError: What the driver's error means.
+        """
+        logger.debug("%s %r (in chunks)", self.sql, bound)
+        try:
+            yield from self.backend.chunks(raw, self.sql, size, bound)
+        except self.backend.error as error:
+            if self.rows is not None and self.backend.is_undecodable(error):
+                with (
+                    self.backend.reading_leniently(raw),
+                    closing(self.backend.chunks(raw, self.sql, size, bound)) as again,
+                ):
+                    raise self.rows.first_fault(chain.from_iterable(again)) from error
+            raise translated(error, self._where) from error
 
     def execute(self, raw: Any, bound: Bound) -> Any:
         """Run on a driver's connection and return the cursor, for its ``rowcount`` and ``lastrowid``.
