@@ -4,7 +4,7 @@ from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from datetime import datetime
 from functools import cache
-from typing import Any, cast
+from typing import Any
 
 from sqlalchemy import Column, Dialect, Select, bindparam, func, select, type_coerce
 
@@ -12,7 +12,7 @@ from moai_flow.memory.db import SwarmDB
 from moai_flow.memory.errors import CorruptDataError
 from moai_flow.memory.models import Record, columns, table_of
 from moai_flow.memory.statements import Query, Row, RowDecoder, Statement
-from moai_flow.memory.types import AsStored, Decoder, ISOText, UTCDateTime
+from moai_flow.memory.types import AsStored, ISOText, UTCDateTime
 
 #: How many rows are decoded at a time: with more, most time goes to the cycle collector.
 _CHECKED_AT_ONCE = 100
@@ -67,9 +67,7 @@ class StoredTable:
         self.name = str(model.__tablename__)
         self._decoder: RowDecoder[Any] = RowDecoder(model, dialect)
         self._times = [
-            (index, cast(Decoder, column.type.dialect_impl(dialect).result_processor(dialect, None)))
-            for index, column in enumerate(columns(model))
-            if isinstance(column.type, ISOText | UTCDateTime)
+            index for index, column in enumerate(columns(model)) if isinstance(column.type, ISOText | UTCDateTime)
         ]
 
     def chunks(self, raw: Any, bounds: Mapping[str, datetime]) -> Generator[list[Row], None, None]:
@@ -94,17 +92,16 @@ class StoredTable:
         Raises:
             CorruptDataError: If a value is not what its column holds.
         """
-        if not stored:
-            return []
+        said: list[Row] = []
         with self.naming_database():
             for begin in range(0, len(stored), _CHECKED_AT_ONCE):
                 rows = stored[begin : begin + _CHECKED_AT_ONCE]
-                if not self._decoder.are_sound(rows):
-                    raise self._decoder.first_fault(rows)
-        by_column: list[Sequence[Any]] = list(zip(*stored, strict=True))
-        for index, decode in self._times:
-            by_column[index] = list(map(decode, by_column[index]))
-        return list(zip(*by_column, strict=True))
+                decoded = self._decoder.columns_of(rows)
+                by_column: list[Sequence[Any]] = list(zip(*rows, strict=True))
+                for index in self._times:
+                    by_column[index] = decoded[index]
+                said += zip(*by_column, strict=True)
+        return said
 
     @contextmanager
     def naming_database(self) -> Iterator[None]:

@@ -253,14 +253,28 @@ class RowDecoder(Generic[R]):
     def are_sound(self, rows: Sequence[Row]) -> bool:
         """Whether `faults` would find nothing in any of *rows*, of which there is at least one."""
         try:
-            self._decode_columns(rows)
+            self._sound_columns(rows)
         except ValueError:
             return False
-        return all(
-            is_unicode("".join(filter(None, stored)))
-            for stored, kinds in zip(zip(*rows, strict=True), self._kinds, strict=True)
-            if str in kinds
-        )
+        return True
+
+    def columns_of(self, rows: Sequence[Row]) -> list[Sequence[Any]]:
+        """Return what *rows* hold, of which there is at least one, decoded, column by column.
+
+        Raises:
+            CorruptDataError: If a value is not what its column holds.
+        """
+        try:
+            return self._sound_columns(rows)
+        except ValueError as error:
+            raise self.first_fault(rows) from error
+
+    def _sound_columns(self, rows: Sequence[Row]) -> list[Sequence[Any]]:
+        decoded = self._decode_columns(rows)
+        for stored, kinds in zip(zip(*rows, strict=True), self._kinds, strict=True):
+            if str in kinds and not is_unicode("".join(filter(None, stored))):
+                raise ValueError("not UTF-8")
+        return decoded
 
     def value(self, row: Row, index: int) -> Any:
         """Return one value of *row*, decoded.

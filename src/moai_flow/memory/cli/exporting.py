@@ -130,18 +130,19 @@ def _csv_column(kind: Any, *, escape_formulas: bool) -> Column:
 #: How a cell begins that a spreadsheet runs: https://owasp.org/www-community/attacks/CSV_Injection
 _FORMULA = ("=", "+", "-", "@", "\t", "\r")
 
-_LOOSE = re.compile(r"[\s NI]")
-_SPACE = re.compile(r'("(?:[^"\\]++|\\.)*+")|\s++')
-_NO_NUMBER = re.compile(r'("(?:[^"\\]++|\\.)*+")|-?Infinity|NaN')
+_STRING = r'"(?:[^"\\]++|\\.)*+"'
+_AS_WANTED = re.compile(rf'(?:{_STRING}|[^"\sNI]++)*+')
+_PIECE = re.compile(rf'{_STRING}|[^"\s]++')
+_NO_NUMBER = re.compile(rf"({_STRING})|-?Infinity|NaN")
 
 
 def _strict(text: str) -> str:
     """Return stored JSON to the letter, but for spaces between values, and null for numbers that JSON doesn't have."""
-    if _LOOSE.search(text) is None:
+    if _AS_WANTED.fullmatch(text):
         return text
     if "NaN" in text or "Infinity" in text:
         text = _NO_NUMBER.sub(lambda found: found[1] or "null", text)
-    return _SPACE.sub(r"\1", text)
+    return "".join(_PIECE.findall(text))
 
 
 # Where it goes
