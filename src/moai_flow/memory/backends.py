@@ -4,7 +4,7 @@ import sqlite3
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext, suppress
 from typing import Any, ClassVar
 
 from sqlalchemy import Dialect
@@ -153,9 +153,10 @@ class SQLite(Backend):
         return cursor
 
     def chunks(self, raw: Any, sql: str, size: int, bound: Sequence[Any] = ()) -> Generator[list[Any], None, None]:
-        cursor = raw.execute(sql, bound)
-        while chunk := cursor.fetchmany(size):
-            yield chunk
+        # Where text is not UTF-8, sqlite3 leaves the statement open, and with it the file.
+        with closing(raw.execute(sql, bound)) as cursor:
+            while chunk := cursor.fetchmany(size):
+                yield chunk
 
     @staticmethod
     @contextmanager
