@@ -168,6 +168,7 @@ def execute(path: Path, statement: str, *values: object) -> None:
             '{"a":[1.10,1e400,123456789012345678901234567890]}',
         ),
         ('{"NaN": NaN, "-Infinity \\" NaN": [Infinity, -Infinity]}', '{"NaN":null,"-Infinity \\" NaN":[null,null]}'),
+        ('{"a":[NaN,-Infinity],"b":"NI"}', '{"a":[null,null],"b":"NI"}'),
         ('{"a": "\\ud800 \\u0000 \\\\"}', '{"a":"\\ud800 \\u0000 \\\\"}'),
         (None, "{}"),
     ],
@@ -237,6 +238,15 @@ def test_a_file_is_written_whole_and_said_to_be(swarmdb: Command, store: Path, t
     os.umask(umask)
     assert Path("events.jsonl").stat().st_mode & 0o777 == 0o666 & ~umask
     assert sorted(file.name for file in tmp_path.iterdir()) == ["events.jsonl", "swarm.db"]
+
+
+def test_who_reads_the_file_that_is_replaced_reads_all_of_it(swarmdb: Command, store: Path) -> None:
+    Path("events").write_text("older")
+    with Path("events").open() as reader:
+        exported(swarmdb, "agent_events", "-o", "events", "--overwrite", "--db", store)
+
+        assert reader.read() == "older"
+    assert len(lines(Path("events").read_text())) == 3
 
 
 def test_a_link_is_followed(swarmdb: Command, store: Path) -> None:
