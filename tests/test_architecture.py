@@ -31,6 +31,7 @@ LAYERS = [
         "operations.retention",
     ],
     ["db"],
+    ["reading"],
     ["transfer"],
 ]
 LEVEL = {module: level for level, modules in enumerate(LAYERS) for module in modules}

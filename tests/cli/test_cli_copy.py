@@ -1,7 +1,5 @@
 """The command that copies a database into another one."""
 
-import os
-import pty
 import re
 import sqlite3
 import subprocess
@@ -14,7 +12,7 @@ import psycopg
 import pytest
 from sqlalchemy import make_url
 
-from cli.running import Command
+from cli.running import Command, on_terminal
 from moai_flow.memory import EventData, SwarmDB
 from moai_flow.memory.cli import copying
 
@@ -180,20 +178,8 @@ def test_an_interrupt_says_how_to_go_on(swarmdb: Command, store: Path, monkeypat
 
 
 def test_a_terminal_shows_progress_and_standard_output_only_the_answer(store: Path, tmp_path: Path) -> None:
-    shown, terminal = pty.openpty()
-    environment = {**os.environ, "COLUMNS": "80", "TERM": "xterm"}
-    command = [*COPY, str(store), "copy.db"]
-    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=terminal, env=environment) as process:
-        os.close(terminal)
-        progress = b""
-        with suppress(OSError):  # Linux's way to say that the other side is closed.
-            while piece := os.read(shown, 65536):
-                progress += piece
-        os.close(shown)
-        assert process.stdout is not None
-        answer = process.stdout.read()
+    progress, answer = on_terminal([*COPY, str(store), "copy.db"], tmp_path)
 
-    assert process.returncode == 0
     for words in (b"copy agent_events", b"verify task_metrics", b"3/3"):
         assert words in progress
         assert words not in answer

@@ -13,7 +13,20 @@ from moai_flow.memory import SwarmDB
 from moai_flow.memory.cli import app
 
 MODULE = [sys.executable, "-m", "moai_flow.memory"]
-COMMANDS = ["demo", "status", "agents", "events", "memory", "cleanup", "migrate", "vacuum", "backup", "copy", "check"]
+COMMANDS = [
+    "demo",
+    "status",
+    "agents",
+    "events",
+    "memory",
+    "cleanup",
+    "migrate",
+    "vacuum",
+    "backup",
+    "copy",
+    "export",
+    "check",
+]
 
 
 def without(module: str) -> subprocess.CompletedProcess[str]:

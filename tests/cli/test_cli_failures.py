@@ -22,6 +22,7 @@ READING = [
     ["vacuum"],
     ["backup", "copy.db"],
     ["check"],
+    ["export", "agent_events"],
 ]
 SET = ["memory", "set", "s", "semantic", "k"]
 

@@ -3,8 +3,8 @@
 import sqlite3
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext, suppress
 from typing import Any, ClassVar
 
 from sqlalchemy import Dialect
@@ -77,7 +77,7 @@ class Backend(ABC):
         """Return the number that the row got which *cursor* has just inserted."""
 
     @abstractmethod
-    def chunks(self, raw: Any, sql: str, size: int) -> Iterator[list[Any]]:
+    def chunks(self, raw: Any, sql: str, size: int, bound: Sequence[Any] = ()) -> Generator[list[Any], None, None]:
         """Yield the rows of *sql*, so many at a time, without holding all of them. It needs a transaction."""
 
     @staticmethod
@@ -161,10 +161,11 @@ class SQLite(Backend):
         cursor.row_factory = None
         return cursor
 
-    def chunks(self, raw: Any, sql: str, size: int) -> Iterator[list[Any]]:
-        cursor = raw.execute(sql)
-        while chunk := cursor.fetchmany(size):
-            yield chunk
+    def chunks(self, raw: Any, sql: str, size: int, bound: Sequence[Any] = ()) -> Generator[list[Any], None, None]:
+        # Where text is not UTF-8, sqlite3 leaves the statement open, and with it the file.
+        with closing(raw.execute(sql, bound)) as cursor:
+            while chunk := cursor.fetchmany(size):
+                yield chunk
 
     @staticmethod
     @contextmanager
@@ -235,9 +236,9 @@ class PostgreSQL(Backend):
     def is_idle(self, raw: Any) -> bool:
         return bool(raw.pgconn.transaction_status == _IDLE)
 
-    def chunks(self, raw: Any, sql: str, size: int) -> Iterator[list[Any]]:
+    def chunks(self, raw: Any, sql: str, size: int, bound: Sequence[Any] = ()) -> Generator[list[Any], None, None]:
         with raw.cursor(name="swarmdb_chunks") as cursor:
-            cursor.execute(sql)
+            cursor.execute(sql, bound)
             while chunk := cursor.fetchmany(size):
                 yield chunk
 

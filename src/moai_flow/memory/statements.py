@@ -6,8 +6,10 @@ SQLAlchemy's execution events and ``echo``, so statements are logged here, at de
 """
 
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from contextlib import closing
 from copy import copy
+from itertools import chain
 from typing import Any, Generic, TypeVar, cast
 
 from sqlalchemy import Column, Dialect, Executable, Table, bindparam, insert
@@ -129,6 +131,24 @@ class Program:
             raise translated(error, self._where) from error
         return rows
 
+    def chunks(self, raw: Any, bound: Bound, size: int) -> Generator[list[Row], None, None]:
+        """Run on a driver's connection, in a transaction, and yield *size* rows at a time, holding no more.
+
+        Raises:
+            SwarmDBError: What the driver's error means.
+        """
+        logger.debug("%s %r (in chunks)", self.sql, bound)
+        try:
+            yield from self.backend.chunks(raw, self.sql, size, bound)
+        except self.backend.error as error:
+            if self.rows is not None and self.backend.is_undecodable(error):
+                with (
+                    self.backend.reading_leniently(raw),
+                    closing(self.backend.chunks(raw, self.sql, size, bound)) as again,
+                ):
+                    raise self.rows.first_fault(chain.from_iterable(again)) from error
+            raise translated(error, self._where) from error
+
     def execute(self, raw: Any, bound: Bound) -> Any:
         """Run on a driver's connection and return the cursor, for its ``rowcount`` and ``lastrowid``.
 
@@ -233,14 +253,28 @@ class RowDecoder(Generic[R]):
     def are_sound(self, rows: Sequence[Row]) -> bool:
         """Whether `faults` would find nothing in any of *rows*, of which there is at least one."""
         try:
-            self._decode_columns(rows)
+            self._sound_columns(rows)
         except ValueError:
             return False
-        return all(
-            is_unicode("".join(filter(None, stored)))
-            for stored, kinds in zip(zip(*rows, strict=True), self._kinds, strict=True)
-            if str in kinds
-        )
+        return True
+
+    def columns_of(self, rows: Sequence[Row]) -> list[Sequence[Any]]:
+        """Return what *rows* hold, of which there is at least one, decoded, column by column.
+
+        Raises:
+            CorruptDataError: If a value is not what its column holds.
+        """
+        try:
+            return self._sound_columns(rows)
+        except ValueError as error:
+            raise self.first_fault(rows) from error
+
+    def _sound_columns(self, rows: Sequence[Row]) -> list[Sequence[Any]]:
+        decoded = self._decode_columns(rows)
+        for stored, kinds in zip(zip(*rows, strict=True), self._kinds, strict=True):
+            if str in kinds and not is_unicode("".join(filter(None, stored))):
+                raise ValueError("not UTF-8")
+        return decoded
 
     def value(self, row: Row, index: int) -> Any:
         """Return one value of *row*, decoded.

@@ -2,32 +2,29 @@
 
 import secrets
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from hashlib import sha256
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, Literal, NamedTuple
 
 from pydantic_core import to_json
-from sqlalchemy import Dialect, bindparam, func, select, text, tuple_, type_coerce
+from sqlalchemy import Dialect, bindparam, func, select, text, tuple_
 
 from moai_flow.memory import inputs
 from moai_flow.memory.db import SwarmDB
-from moai_flow.memory.errors import ConflictError, CorruptDataError, InvalidInputError, StorageError, SwarmDBError
+from moai_flow.memory.errors import ConflictError, InvalidInputError, StorageError, SwarmDBError
 from moai_flow.memory.models import TABLES, Record, SchemaInfo, columns, table_of
 from moai_flow.memory.operations.retention import MARK
+from moai_flow.memory.reading import StoredTable, count, key_of
 from moai_flow.memory.scope import translating
-from moai_flow.memory.statements import Query, Row, RowDecoder, Statement, insert_for
-from moai_flow.memory.types import AsStored, Decoder, ISOText, Real, UTCDateTime, is_postgresql
+from moai_flow.memory.statements import Query, Row, Statement, insert_for
+from moai_flow.memory.types import ISOText, Real, UTCDateTime, is_postgresql
 
 #: What is copied: every table but the one of facts about the database itself.
 _MODELS: tuple[type[Record], ...] = tuple(model for model in TABLES if model is not SchemaInfo)
 
 #: How many rows are read, and written in one transaction, at a time.
 BATCH_SIZE = 5000
-
-#: How many rows of a batch are decoded at a time: with more, most time goes to the cycle collector.
-_CHECKED_AT_ONCE = 100
 
 
 class Progress(NamedTuple):
@@ -210,7 +207,7 @@ def _find_present(target: SwarmDB, *, is_welcome: bool) -> list[_Present]:
             target._write(_WAIT_FOR_WRITERS, {})
         for model in _MODELS:
             table = _Table(target, model, block.held.connection.dialect)
-            ((rows,),) = target._tuples(_count(model), {})
+            ((rows,),) = target._tuples(count(model), {})
             if rows and not is_welcome:
                 raise InvalidInputError(
                     "target",
@@ -227,56 +224,32 @@ def _find_present(target: SwarmDB, *, is_welcome: bool) -> list[_Present]:
 # Reading
 
 
-def _key(model: type[Record]) -> list[Any]:
-    """Return the columns of a table's key, as they are stored and ordered."""
-    return [
-        type_coerce(column, AsStored) if isinstance(column.type, UTCDateTime) else column
-        for column in table_of(model).primary_key.columns
-    ]
-
-
-@cache
-def _count(model: type[Record]) -> Statement:
-    return Statement(select(func.count()).select_from(table_of(model)))
-
-
 @cache
 def _last(model: type[Record]) -> Statement:
-    return Statement(select(func.max(_key(model)[0])))
+    return Statement(select(func.max(key_of(model)[0])))
 
 
 @cache
 def _with_last(model: type[Record]) -> Query[Any]:
-    return Query(model, select(table_of(model)).where(_key(model)[0] == bindparam("last")))
+    return Query(model, select(table_of(model)).where(key_of(model)[0] == bindparam("last")))
 
 
 @cache
 def _page(model: type[Record], *, is_first: bool) -> Query[Any]:
-    page, key = select(table_of(model)), _key(model)
+    page, key = select(table_of(model)), key_of(model)
     if not is_first:
         after = [bindparam(f"after_{number}", type_=column.type) for number, column in enumerate(key)]
         page = page.where(tuple_(*key) > tuple_(*after))
     return Query(model, page.order_by(*key).limit(bindparam("limit")))
 
 
-class _Table:
-    """The rows of one table of one database, as what they say, whichever database keeps them.
-
-    Times are moments; everything else is as it is stored, JSON as its text.
-    """
+class _Table(StoredTable):
+    """The rows of one table of one database, which are counted as they are read."""
 
     def __init__(self, db: SwarmDB, model: type[Record], dialect: Dialect) -> None:
-        self.db = db
-        self.model = model
-        self.name = str(model.__tablename__)
+        super().__init__(db, model, dialect)
         self.content = _Content(model)
-        self._decoder: RowDecoder[Any] = RowDecoder(model, dialect)
         self._key = [index for index, column in enumerate(columns(model)) if column.primary_key]
-        self._times = [
-            (index, cast(Decoder, column.type.dialect_impl(dialect).result_processor(dialect, None)))
-            for index, column in enumerate(columns(model))
-            if isinstance(column.type, ISOText | UTCDateTime)
-        ]
 
     def batches(
         self, size: int, activity: Literal["copy", "verify"], tell: Callable[[Progress], None]
@@ -287,7 +260,7 @@ class _Table:
             CorruptDataError: If a value is not what its column holds.
             StorageError: If the database does not give all rows.
         """
-        ((total,),) = self.db._tuples(_count(self.model), {})
+        ((total,),) = self.db._tuples(count(self.model), {})
         for stored in self._pages(size):
             rows = self.decoded(stored)
             self.content.add(rows)
@@ -302,7 +275,7 @@ class _Table:
     def _pages(self, size: int) -> Iterator[list[Row]]:
         values: dict[str, Any] = {"limit": size}
         while True:
-            with self._naming_database():
+            with self.naming_database():
                 stored = self.db._tuples(_page(self.model, is_first=len(values) == 1), values)
             if stored:
                 yield stored
@@ -310,38 +283,9 @@ class _Table:
                 return
             values |= {f"after_{number}": stored[-1][index] for number, index in enumerate(self._key)}
 
-    def decoded(self, stored: Sequence[Row]) -> list[Row]:
-        """Return what rows say that are as the driver gives them.
-
-        Raises:
-            CorruptDataError: If a value is not what its column holds.
-        """
-        if not stored:
-            return []
-        with self._naming_database():
-            for begin in range(0, len(stored), _CHECKED_AT_ONCE):
-                rows = stored[begin : begin + _CHECKED_AT_ONCE]
-                if not self._decoder.are_sound(rows):
-                    raise self._decoder.first_fault(rows)
-        by_column: list[Sequence[Any]] = list(zip(*stored, strict=True))
-        for index, decode in self._times:
-            by_column[index] = list(map(decode, by_column[index]))
-        return list(zip(*by_column, strict=True))
-
     def key(self, row: Row) -> tuple[Any, ...]:
         """Return the key of a decoded row."""
         return tuple(row[index] for index in self._key)
-
-    @contextmanager
-    def _naming_database(self) -> Iterator[None]:
-        try:
-            yield
-        except CorruptDataError as error:
-            reason = (
-                f"{error.reason} (in {self.db._location}; swarmdb check --quarantine, or check(quarantine=True), moves "
-                "such rows aside)"
-            )
-            raise CorruptDataError(error.table, error.column, error.row, reason) from error
 
 
 class _Content:

@@ -30,8 +30,9 @@ from moai_flow.memory import (
     StorageError,
     SwarmDB,
     SwarmDBError,
+    inputs,
 )
-from moai_flow.memory.cli import copying, show
+from moai_flow.memory.cli import copying, exporting, show
 from moai_flow.memory.cli.demo import report, watch
 from moai_flow.memory.cli.failures import in_one_line
 from moai_flow.memory.cli.swarm import Plan, files_of
@@ -49,6 +50,8 @@ V = TypeVar("V", bound=Vocabulary)
 BUSY_TIMEOUT = 5.0
 
 _ABSENT = object()
+
+_TABLES = {str(model.__tablename__): model for model in TABLES}
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 
@@ -118,7 +121,7 @@ def _check_exists(location: Location) -> None:
     # Opening a database of another program would add our tables to it.
     with translating(str(location)):
         tables = inspect(create(location, Settings(busy_timeout=BUSY_TIMEOUT))).get_table_names()
-    if not {str(model.__tablename__) for model in TABLES}.intersection(tables):
+    if not _TABLES.keys() & tables:
         raise StorageError(f"no database at {location}: it has none of SwarmDB's tables")
 
 
@@ -203,9 +206,7 @@ def demo(
 def status(*, db: Database = None, as_json: AsJSON = False) -> None:
     """Show what a database holds, and how large it is."""
     with _opened(db) as store, store.session(readonly=True) as session:
-        rows = {
-            str(model.__tablename__): session.exec(select(func.count()).select_from(model)).one() for model in TABLES
-        }
+        rows = {name: session.exec(select(func.count()).select_from(model)).one() for name, model in _TABLES.items()}
         by_status = select(RegisteredAgent.status, func.count()).group_by(col(RegisteredAgent.status))
         agents = dict(session.exec(by_status).all())
         # As text: one time that can't be decoded hides nothing here. It is for check to complain.
@@ -519,6 +520,64 @@ def copy(
         show.as_json({"tables": [{**vars(table), "rows": table.rows} for table in done.tables]})
     else:
         copying.report(done)
+
+
+@app.command()
+def export(
+    table: Annotated[
+        str,
+        typer.Argument(metavar="TABLE", help=f"The table: {', '.join(_TABLES)}.", autocompletion=lambda: list(_TABLES)),
+    ],
+    *,
+    form: Annotated[
+        exporting.Format,
+        typer.Option("--format", help="One JSON object a line, or CSV with a row of names first."),
+    ] = exporting.Format.JSONL,
+    output: Annotated[
+        str | None,
+        typer.Option("--output", "-o", metavar="PATH", help="The file to write. Default: standard output."),
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file if it exists.")] = False,
+    since: Annotated[
+        str | None,
+        typer.Option(metavar="TIME", help="Only rows written at or after this time, in ISO-8601."),
+    ] = None,
+    until: Annotated[
+        str | None, typer.Option(metavar="TIME", help="Only rows written before this time, in ISO-8601.")
+    ] = None,
+    escape_formulas: Annotated[
+        bool,
+        typer.Option(
+            "--escape-formulas",
+            help="Put ' before text that a spreadsheet would run. It changes the data. Only for CSV.",
+        ),
+    ] = False,
+    db: Database = None,
+) -> None:
+    """Write all rows of a table, by key, as JSON lines or CSV. A time without a zone is local time."""
+    if table not in _TABLES:
+        raise typer.BadParameter(f"{table!r} is none of {', '.join(_TABLES)}.", param_hint="TABLE")
+    if escape_formulas and form is not exporting.Format.CSV:
+        raise typer.BadParameter("it is for --format csv; nothing runs JSON.", param_hint="--escape-formulas")
+    if overwrite and output is None:
+        raise typer.BadParameter("it is for a file, which --output names.", param_hint="--overwrite")
+    model = _TABLES[table]
+    wanted = {"since": inputs.moment_filter(since, field="since"), "until": inputs.moment_filter(until, field="until")}
+    bounds = {name: moment for name, moment in wanted.items() if moment is not None}
+    encoding = (
+        exporting.Lines(model)
+        if form is exporting.Format.JSONL
+        else exporting.Cells(model, escape_formulas=escape_formulas)
+    )
+    with _opened(db) as store:
+        if output is None:
+            with exporting.standard_output() as stream:
+                exporting.write(store, model, encoding, stream, bounds)
+            return
+        target = exporting.target_of(output, _locate(db).path, overwrite=overwrite)
+        with exporting.whole_file(target, overwrite=overwrite) as file:
+            written = exporting.write(store, model, encoding, file, bounds)
+        show.line(f"{show.counted(written, 'row', 'rows')} in {target}")
 
 
 @app.command()

@@ -1,23 +1,19 @@
 """What `swarmdb copy` shows: how far it is, and then what it copied."""
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import TaskID
 
 from moai_flow.memory import SwarmDB
 from moai_flow.memory.cli import show
-from moai_flow.memory.transfer import CopyReport, copy_database
-from moai_flow.memory.transfer import Progress as Step
+from moai_flow.memory.transfer import CopyReport, Progress, copy_database
 
 
 def copied(source: SwarmDB, target: SwarmDB, *, resume: bool, batch_size: int) -> CopyReport:
     """Copy a database, with a progress bar for each table where somebody can see it."""
-    # Standard output is for the answer.
-    console = Console(stderr=True, markup=False, emoji=False, highlight=False)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    console = show.console(stderr=True)  # Standard output is for the answer.
     bars: dict[str, TaskID] = {}
-    with Progress(*columns, console=console, disable=not console.is_interactive) as progress:
+    with show.progress(console, is_seen=console.is_interactive) as progress:
 
-        def tell(step: Step) -> None:
+        def tell(step: Progress) -> None:
             name = f"{step.activity} {step.table}"
             if name not in bars:
                 bars[name] = progress.add_task(name, total=step.total)

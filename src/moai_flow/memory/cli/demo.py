@@ -4,7 +4,6 @@ from collections import defaultdict
 from collections.abc import Collection
 from pathlib import PurePosixPath
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from sqlalchemy import func
 from sqlmodel import col, select
 
@@ -18,8 +17,7 @@ _ERRORS, _SLOWEST, _KINDS = 10, 5, 10
 def watch(db: SwarmDB, plan: Plan) -> None:
     """Run a swarm to its end, with a progress bar where somebody can see it."""
     console = show.console()
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, disable=not console.is_interactive) as bar, at_work(db, plan) as progress:
+    with show.progress(console, is_seen=console.is_interactive) as bar, at_work(db, plan) as progress:
         files = bar.add_task("Files", total=len(plan.files))
         for done in progress:
             bar.update(files, completed=done)

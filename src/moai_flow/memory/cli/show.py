@@ -9,6 +9,7 @@ from typing import Any
 import typer
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Column, Table
 
 from moai_flow.memory import CorruptDataError, ForeignTime, UnlistedValue
@@ -20,9 +21,15 @@ _BRIEF = 200
 _NAME_WIDTH = 36
 
 
-def console() -> Console:
-    """Return standard output, where ``[brackets]`` and ``:colons:`` in data mean nothing."""
-    return Console(markup=False, emoji=False, highlight=False)
+def console(*, stderr: bool = False) -> Console:
+    """Return standard output, or standard error, where ``[brackets]`` and ``:colons:`` in data mean nothing."""
+    return Console(stderr=stderr, markup=False, emoji=False, highlight=False)
+
+
+def progress(terminal: Console, *, is_seen: bool) -> Progress:
+    """Return what shows bars while something is done, or nothing where nobody could see them."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    return Progress(*columns, console=terminal, disable=not is_seen)
 
 
 def line(text: str) -> None:
