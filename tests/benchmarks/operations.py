@@ -255,6 +255,46 @@ CASES = (
         writes=True,
     ),
     Case(
+        "store_task_metrics, 1,000",
+        "store_task_metrics",
+        lambda store, number, rows: store.store_task_metrics(
+            {
+                "task_id": f"batch-{number}-{at}",
+                "agent_id": agent(at, rows),
+                "duration_ms": 1500,
+                "result": "success",
+                "tokens_used": 1200,
+                "files_changed": 3,
+            }
+            for at in range(1000)
+        ),
+        5,
+        writes=True,
+        at_most=1.35,
+    ),
+    Case(
+        "store_agent_metrics, 1,000",
+        "store_agent_metrics",
+        lambda store, number, rows: store.store_agent_metrics(
+            {"agent_id": agent(at, rows), "metric_type": "throughput", "value": 0.5, "metadata": METADATA}
+            for at in range(1000)
+        ),
+        5,
+        writes=True,
+        at_most=1.35,
+    ),
+    Case(
+        "store_swarm_metrics, 1,000",
+        "store_swarm_metrics",
+        lambda store, number, rows: store.store_swarm_metrics(
+            {"swarm_id": agent(at, rows), "metric_type": "throughput", "value": 0.5, "metadata": METADATA}
+            for at in range(1000)
+        ),
+        5,
+        writes=True,
+        at_most=1.35,
+    ),
+    Case(
         "get_task_metrics, newest 100 of an agent",
         "get_task_metrics",
         lambda store, number, rows: store.get_task_metrics(agent_id=agent(number, rows), limit=100),

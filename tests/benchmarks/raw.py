@@ -253,6 +253,41 @@ class RawSwarm:
         bound = (swarm_id, metric_type, value, json.dumps(metadata), spaced(self._now()))
         return self.raw.execute(INSERT_SWARM_METRIC, bound).lastrowid
 
+    def store_task_metrics(self, metrics: Iterable[Row]) -> list[str]:
+        now = spaced(self._now())
+        rows = [
+            (
+                metric["task_id"],
+                metric["agent_id"],
+                metric["duration_ms"],
+                metric["result"],
+                metric["tokens_used"],
+                metric["files_changed"],
+                now,
+            )
+            for metric in metrics
+        ]
+        with self.transaction() as raw:
+            if raw.executemany(INSERT_TASK, rows).rowcount == len(rows):
+                return [row[-1] for row in rows]
+        raise NotImplementedError("what is measured has no time that is taken")
+
+    def store_agent_metrics(self, metrics: Iterable[Row]) -> int:
+        return self._store_figures(INSERT_AGENT_METRIC, "agent_id", metrics)
+
+    def store_swarm_metrics(self, metrics: Iterable[Row]) -> int:
+        return self._store_figures(INSERT_SWARM_METRIC, "swarm_id", metrics)
+
+    def _store_figures(self, sql: str, owner: str, metrics: Iterable[Row]) -> int:
+        now = spaced(self._now())
+        rows = [
+            (metric[owner], metric["metric_type"], metric["value"], json.dumps(metric["metadata"]), now)
+            for metric in metrics
+        ]
+        with self.transaction() as raw:
+            raw.executemany(sql, rows)
+        return len(rows)
+
     def get_task_metrics(self, *, agent_id: str, limit: int = 100) -> list[Row]:
         found = self.raw.execute(
             "SELECT * FROM task_metrics WHERE agent_id = ? ORDER BY timestamp DESC, task_id DESC LIMIT ?",

@@ -1,10 +1,17 @@
 """What callers pass in, checked once at the door: inside, everything is typed."""
 
 import math
-from datetime import UTC, datetime
+from collections.abc import Iterable
+from datetime import UTC, datetime, timedelta
 from typing import Any, NotRequired, TypedDict, TypeVar
 
-from moai_flow.memory.enums import EventTypeLike, Vocabulary
+from moai_flow.memory.enums import (
+    AgentMetricTypeLike,
+    EventTypeLike,
+    SwarmMetricTypeLike,
+    TaskResultLike,
+    Vocabulary,
+)
 from moai_flow.memory.errors import InvalidInputError
 from moai_flow.memory.types import is_unicode
 
@@ -22,6 +29,57 @@ class EventData(TypedDict):
     agent_type: str
     timestamp: NotRequired[datetime | str]
     metadata: NotRequired[dict[str, Any] | None]
+
+
+class TaskMetricData(TypedDict):
+    """One of what `SwarmDB.store_task_metrics` takes: a finished task before it is stored."""
+
+    task_id: str
+    agent_id: str
+    duration_ms: NotRequired[int | None]
+    result: TaskResultLike
+    tokens_used: NotRequired[int]
+    files_changed: NotRequired[int]
+    timestamp: NotRequired[datetime | str | None]
+
+
+class AgentMetricData(TypedDict):
+    """One of what `SwarmDB.store_agent_metrics` takes: a figure about an agent before it is stored."""
+
+    agent_id: str
+    metric_type: AgentMetricTypeLike
+    value: float
+    metadata: NotRequired[dict[str, Any] | None]
+    timestamp: NotRequired[datetime | str | None]
+
+
+class SwarmMetricData(TypedDict):
+    """One of what `SwarmDB.store_swarm_metrics` takes: a figure about a whole swarm before it is stored."""
+
+    swarm_id: str
+    metric_type: SwarmMetricTypeLike
+    value: float
+    metadata: NotRequired[dict[str, Any] | None]
+    timestamp: NotRequired[datetime | str | None]
+
+
+def entries(given: dict[str, Any], shape: type[Any]) -> dict[str, Any]:
+    """Return *given* if its keys are those of *shape*, a TypedDict. Their values are not looked at.
+
+    Raises:
+        InvalidInputError: If a key is missing or unknown.
+    """
+    required: frozenset[str] = shape.__required_keys__
+    known = shape.__annotations__.keys()
+    if not given.keys() <= known:
+        raise InvalidInputError(min(given.keys() - known, key=str), given, f"only the keys {_listed(known)}")
+    if not required <= given.keys():
+        raise InvalidInputError(min(required - given.keys()), given, f"a dict with {_listed(required)}")
+    return given
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(sorted(names))
 
 
 def parse(vocabulary: type[V], value: str, *, field: str) -> V:
@@ -113,6 +171,17 @@ def moment_filter(value: datetime | str | None, *, field: str) -> datetime | Non
         InvalidInputError: As `moment`.
     """
     return None if value is None else moment(value, field=field)
+
+
+def span(value: timedelta, *, field: str) -> timedelta:
+    """Return *value* if it is a length of time greater than zero.
+
+    Raises:
+        InvalidInputError: If it isn't.
+    """
+    if not isinstance(value, timedelta) or value <= timedelta(0):
+        raise InvalidInputError(field, value, "a timedelta greater than zero")
+    return value
 
 
 def whole(value: int, *, field: str, least: int = 0) -> int:

@@ -142,17 +142,21 @@ class Program:
         except self.backend.error as error:
             raise translated(error, self._where) from error
 
-    def execute_many(self, raw: Any, bound: Iterable[Bound]) -> None:
-        """Run once for each of *bound*. The caller's transaction decides what stays if one of them fails.
+    def execute_many(self, raw: Any, bound: Iterable[Bound]) -> Any:
+        """Run once for each of *bound*, and return the cursor, for its ``rowcount``.
+
+        The caller's transaction decides what stays if one of them fails.
 
         Raises:
             SwarmDBError: What the driver's error means.
         """
         logger.debug("%s (many)", self.sql)
         try:
-            self.backend.cursor(raw).executemany(self.sql, bound)
+            cursor = self.backend.cursor(raw)
+            cursor.executemany(self.sql, bound)
         except self.backend.error as error:
             raise translated(error, self._where) from error
+        return cursor
 
 
 def _by_position(dialect: Dialect) -> Dialect:
