@@ -111,6 +111,15 @@ class Program:
             values = {**self._constants, **values}
         return tuple([values[name] if encode is None else encode(values[name]) for name, encode in self._slots])
 
+    def rebind(self, bound: Bound, **values: Any) -> Bound:
+        """Return *bound* with other *values*, by name, in the place of some of its own."""
+        return tuple(
+            [
+                old if name not in values else values[name] if encode is None else encode(values[name])
+                for old, (name, encode) in zip(bound, self._slots, strict=True)
+            ]
+        )
+
     def fetch(self, raw: Any, bound: Bound) -> list[Row]:
         """Run on a driver's connection and return every row.
 

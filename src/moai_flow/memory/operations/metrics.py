@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Mapping
 from datetime import datetime, timedelta
 from functools import cache
+from operator import itemgetter
 from typing import Any, TypeVar
 
 from sqlalchemy import Dialect, Executable, bindparam, select
@@ -21,7 +22,7 @@ from moai_flow.memory.errors import InvalidInputError
 from moai_flow.memory.inputs import AgentMetricData, SwarmMetricData, TaskMetricData
 from moai_flow.memory.models import AgentMetric, Record, SwarmMetric, TaskMetric, table_of, unsearched
 from moai_flow.memory.scope import Scope
-from moai_flow.memory.statements import Insert, Query, Statement, insert_for
+from moai_flow.memory.statements import Bound, Insert, Query, Statement, insert_for
 
 R = TypeVar("R", bound=Record)
 T = TypeVar("T")
@@ -146,21 +147,25 @@ class MetricOperations(Scope):
             StorageError: If the database can't be written.
             ClosedError: After `close`.
         """
-        now = self._clock()
-        rows = _checked(metrics, TaskMetric, TaskMetricData, lambda given: _task_row(given, now))
-        wanted: list[Key] = [(row["task_id"], row["timestamp"]) for row in rows]
-        program = self._programs[_INSERT_TASK]
+        now, program = self._clock(), self._programs[_INSERT_TASK]
+
+        def bind(given: Mapping[str, Any]) -> tuple[Key, Bound]:
+            row = _task_row(given, now)
+            return (row["task_id"], row["timestamp"]), program.bind(row)
+
+        checked = _checked(metrics, TaskMetric, TaskMetricData, bind)
+        wanted = keys = [key for key, _ in checked]
+        bound = [values for _, values in checked]
         taken: set[Key] = set()
         while True:
-            keys = _free(wanted, taken)
-            bound = [
-                program.bind({**row, "timestamp": time})
-                # In the order of keys, two batches never wait for each other.
-                for (_, time), row in sorted(zip(keys, rows, strict=True), key=_by_key)
-            ]
+            if taken or len(set(wanted)) < len(wanted):
+                keys = _free(wanted, taken)
+                bound = [program.rebind(row, timestamp=time) for row, (_, time) in zip(bound, keys, strict=True)]
+            # In the order of keys, two batches never wait for each other.
+            in_order = [row for _, row in sorted(zip(keys, bound, strict=True), key=itemgetter(0))]
             try:
                 with self._block(alone=False) as block:
-                    if program.execute_many(block.held.raw, bound).rowcount < len(bound) > 0:
+                    if program.execute_many(block.held.raw, in_order).rowcount < len(in_order) > 0:
                         raise _TakenError
             except _TakenError:  # Which is rare: only now is it worth a look, by which.
                 taken.update(key for key in keys if self._tuples(_IS_TAKEN, {"task_id": key[0], "timestamp": key[1]}))
@@ -453,10 +458,6 @@ def _figure(vocabulary: type[Vocabulary], given: Mapping[str, Any], now: datetim
         "metadata": inputs.json_object(given.get("metadata"), field="metadata"),
         "timestamp": now if timestamp is None else inputs.moment(timestamp, field="timestamp"),
     }
-
-
-def _by_key(pair: tuple[Key, dict[str, Any]]) -> Key:
-    return pair[0]
 
 
 def _next_time(time: datetime) -> datetime:
