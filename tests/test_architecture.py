@@ -23,6 +23,7 @@ LAYERS = [
     ["migrations"],
     ["scope"],
     ["operations.agents", "operations.events", "operations.maintenance", "operations.memory", "operations.metrics"],
+    ["tracking"],
     ["db"],
     ["transfer"],
 ]
