@@ -290,8 +290,15 @@ class TrackedAgent(_Tracked):
 
     @property
     def metadata(self) -> dict[str, Any]:
-        """What the event at its end is to say: an empty dict, to be filled inside the block with JSON."""
+        """What the event at its end is to say: an empty dict, to be filled inside the block with JSON.
+
+        Setting what is no dict raises `InvalidInputError`. What it holds is checked at the end.
+        """
         return self._metadata
+
+    @metadata.setter
+    def metadata(self, value: dict[str, Any]) -> None:
+        self._metadata = inputs.json_object(value, field="metadata")
 
     def heartbeat(self) -> bool:
         """Say that the agent is alive, now, as `SwarmDB.heartbeat` does, and only of the agent of this block.
@@ -369,7 +376,7 @@ def _description(error: BaseException) -> dict[str, str]:
         message = str(error)
     return {
         "outcome": _outcome(error).value,
-        "error_type": _storable(type(error).__name__),
+        "error_type": type(error).__name__,
         "error_message": _storable(message),
     }
 
