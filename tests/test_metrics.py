@@ -1,8 +1,9 @@
 """Task, agent and swarm metrics."""
 
 import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime, timedelta, timezone
 from typing import Any
 
 import pytest
@@ -339,3 +340,76 @@ def test_batches_of_several_threads_that_want_the_same_keys_all_find_free_ones(d
         clock.now + number * US for number in range(4)
     ]
     assert len(db.get_task_metrics(task_id="same", limit=1000)) == 200
+
+
+class Word(str):
+    """A string that is not a plain one."""
+
+
+ODD: list[Any] = [None, "", "a", Word("a"), "ä", "no\0", "lone\ud800", 7, True, ["a"], {"k": 1}]
+ODD_NUMBERS: list[Any] = [None, 0, 5, -1, 2**63, 2**63 - 1, True, 1.0, "1", [1], float("nan"), float("inf"), 10**400]
+WORDS: list[Any] = ["success", TaskResult.TIMEOUT, Word("failure"), "lost", TaskResult.read("lost"), None, ["success"]]
+TIMES: list[Any] = [
+    None,
+    "2025-11-30T10:00:00Z",
+    "soon",
+    datetime(2025, 11, 30, tzinfo=timezone(timedelta(hours=9))),
+    datetime(2025, 11, 30),  # noqa: DTZ001 (local time)
+    7,
+]
+TASKS = st.fixed_dictionaries(
+    {
+        "task_id": st.one_of(st.just("t"), st.sampled_from(ODD)),
+        "agent_id": st.one_of(st.just("a"), st.sampled_from(ODD)),
+        "result": st.one_of(st.just("success"), st.sampled_from(WORDS)),
+    },
+    optional={
+        "duration_ms": st.one_of(st.just(1), st.sampled_from(ODD_NUMBERS)),
+        "tokens_used": st.one_of(st.just(1), st.sampled_from(ODD_NUMBERS)),
+        "files_changed": st.one_of(st.just(1), st.sampled_from(ODD_NUMBERS)),
+        "timestamp": st.one_of(st.none(), st.sampled_from(TIMES)),
+    },
+)
+FIGURES: st.SearchStrategy[dict[str, Any]] = st.fixed_dictionaries(
+    {
+        "agent_id": st.one_of(st.just("a"), st.sampled_from(ODD)),
+        "metric_type": st.sampled_from(["duration", AgentMetricType.THROUGHPUT, Word("duration"), "lost", None, {}]),
+        "value": st.one_of(st.just(1), st.sampled_from(ODD_NUMBERS)),
+    },
+    optional={
+        "metadata": st.sampled_from([None, {}, {"k": [1]}, {"k": {1}}, {1: 2}, [], "k"]),
+        "timestamp": st.one_of(st.none(), st.sampled_from(TIMES)),
+    },
+)
+
+
+@given(tasks=st.lists(TASKS, max_size=3), figures=st.lists(FIGURES, max_size=3))
+@settings(deadline=None, max_examples=300)
+def test_a_batch_takes_and_refuses_what_single_calls_do(tasks: list[Any], figures: list[Any]) -> None:
+    clock = Clock()
+    with SwarmDB(":memory:", clock=clock) as one, SwarmDB(":memory:", clock=clock) as many:
+
+        def singly(call: Callable[..., object], metrics: list[Any]) -> str | None:
+            for index, metric in enumerate(metrics):
+                try:
+                    call(**metric)
+                except InvalidInputError as error:
+                    return f"metrics[{index}].{error.field}"
+            return None
+
+        def at_once(call: Callable[[list[Any]], object], metrics: list[Any]) -> str | None:
+            try:
+                call(metrics)
+            except InvalidInputError as error:
+                return error.field
+            return None
+
+        with_durations = [{"duration_ms": None, **task} for task in tasks]
+        refused = singly(one.store_task_metric, with_durations)
+        assert at_once(many.store_task_metrics, tasks) == refused
+        if refused is None:
+            assert many.get_task_metrics() == one.get_task_metrics()
+        refused = singly(one.store_agent_metric, figures)
+        assert at_once(many.store_agent_metrics, figures) == refused
+        if refused is None:
+            assert many.get_agent_metrics() == one.get_agent_metrics()

@@ -229,3 +229,62 @@ def json_object(value: dict[str, Any] | None, *, field: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise InvalidInputError(field, value, "a dict, which becomes a JSON object")
     return value
+
+
+# Many values at once. These take nothing that the functions above would not, but may refuse what those turn into
+# another value, so a refusal says no more than that each value is to be looked at.
+
+
+def texts(values: list[Any], *, field: str) -> list[str]:
+    """Return *values* if each is plain text that `text` takes.
+
+    Raises:
+        InvalidInputError: If one may not be.
+    """
+    if not set(map(type, values)) <= {str} or not all(values):
+        raise InvalidInputError(field, values, "text that is not empty")
+    _storable("".join(values), field)
+    return values
+
+
+def wholes(values: list[Any], *, field: str) -> list[int]:
+    """Return *values* if each is a number that `whole` takes.
+
+    Raises:
+        InvalidInputError: If one is not.
+    """
+    if not set(map(type, values)) <= {int} or (values and not 0 <= min(values) <= max(values) <= LARGEST):
+        raise InvalidInputError(field, values, f"whole numbers from 0 to {LARGEST}")
+    return values
+
+
+def wholes_or_none(values: list[Any], *, field: str) -> list[int | None]:
+    """Return *values* if each is None, or a number that `whole` takes.
+
+    Raises:
+        InvalidInputError: If one is not.
+    """
+    wholes([value for value in values if value is not None], field=field)
+    return values
+
+
+def members(vocabulary: type[V], values: list[Any], *, field: str) -> list[V]:
+    """Return the listed members for *values*.
+
+    Raises:
+        InvalidInputError: If the vocabulary does not list one.
+    """
+    try:
+        words = {word: parse(vocabulary, word, field=field) for word in set(values)}
+    except TypeError:  # One can't be hashed.
+        raise InvalidInputError(field, values, "words") from None
+    return [words[word] for word in values]
+
+
+def moments(values: list[Any], now: datetime, *, field: str) -> list[datetime]:
+    """Return the moments in UTC, *now* where there is None.
+
+    Raises:
+        InvalidInputError: As `moment`.
+    """
+    return [now if value is None else moment(value, field=field) for value in values]

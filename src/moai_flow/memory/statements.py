@@ -111,6 +111,19 @@ class Program:
             values = {**self._constants, **values}
         return tuple([values[name] if encode is None else encode(values[name]) for name, encode in self._slots])
 
+    def bind_columns(self, columns: Mapping[str, Sequence[Any]]) -> list[Bound]:
+        """Return the rows of *columns*, which have no other values than the statement's own, as `bind` does.
+
+        Raises:
+            InvalidInputError: If a value can't be encoded.
+        """
+        return list(
+            zip(
+                *[columns[name] if encode is None else map(encode, columns[name]) for name, encode in self._slots],
+                strict=True,
+            )
+        )
+
     def rebind(self, bound: Bound, **values: Any) -> Bound:
         """Return *bound* with other *values*, by name, in the place of some of its own."""
         return tuple(

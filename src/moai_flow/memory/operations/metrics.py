@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Mapping
 from datetime import datetime, timedelta
 from functools import cache
-from operator import itemgetter
+from operator import itemgetter, lt
 from typing import Any, TypeVar
 
 from sqlalchemy import Dialect, Executable, bindparam, select
@@ -22,10 +22,12 @@ from moai_flow.memory.errors import InvalidInputError
 from moai_flow.memory.inputs import AgentMetricData, SwarmMetricData, TaskMetricData
 from moai_flow.memory.models import AgentMetric, Record, SwarmMetric, TaskMetric, table_of, unsearched
 from moai_flow.memory.scope import Scope
-from moai_flow.memory.statements import Bound, Insert, Query, Statement, insert_for
+from moai_flow.memory.statements import Bound, Insert, Program, Query, Statement, insert_for
 
 R = TypeVar("R", bound=Record)
-T = TypeVar("T")
+
+#: Values by the names of their columns.
+Columns = Mapping[str, list[Any]]
 
 #: A task and a time: the key of one of its metrics.
 Key = tuple[str, datetime]
@@ -148,21 +150,20 @@ class MetricOperations(Scope):
             ClosedError: After `close`.
         """
         now, program = self._clock(), self._programs[_INSERT_TASK]
-
-        def bind(given: Mapping[str, Any]) -> tuple[Key, Bound]:
-            row = _task_row(given, now)
-            return (row["task_id"], row["timestamp"]), program.bind(row)
-
-        checked = _checked(metrics, TaskMetric, TaskMetricData, bind)
-        wanted = keys = [key for key, _ in checked]
-        bound = [values for _, values in checked]
-        taken: set[Key] = set()
+        columns, bound = _batch(metrics, TaskMetric, TaskMetricData, program, _task_columns, _task_row, now)
+        wanted: list[Key] = list(zip(columns["task_id"], columns["timestamp"], strict=True))
+        is_in_order = all(map(lt, wanted, wanted[1:]))
+        is_free = is_in_order or len(set(wanted)) == len(wanted)
+        keys, taken = wanted, set[Key]()
         while True:
-            if taken or len(set(wanted)) < len(wanted):
+            if taken or not is_free:
                 keys = _free(wanted, taken)
                 bound = [program.rebind(row, timestamp=time) for row, (_, time) in zip(bound, keys, strict=True)]
             # In the order of keys, two batches never wait for each other.
-            in_order = [row for _, row in sorted(zip(keys, bound, strict=True), key=itemgetter(0))]
+            if keys is wanted and is_in_order:
+                in_order = bound
+            else:
+                in_order = [row for _, row in sorted(zip(keys, bound, strict=True), key=itemgetter(0))]
             try:
                 with self._block(alone=False) as block:
                     if program.execute_many(block.held.raw, in_order).rowcount < len(in_order) > 0:
@@ -219,7 +220,10 @@ class MetricOperations(Scope):
             StorageError: If the database can't be written.
             ClosedError: After `close`.
         """
-        return self._store_figures(_INSERT_AGENT, metrics, AgentMetric, AgentMetricData, _agent_row)
+        now, program = self._clock(), self._programs[_INSERT_AGENT]
+        _, bound = _batch(metrics, AgentMetric, AgentMetricData, program, _agent_columns, _agent_row, now)
+        self._write_many(program, bound)
+        return len(bound)
 
     def store_swarm_metric(
         self,
@@ -268,7 +272,10 @@ class MetricOperations(Scope):
             StorageError: If the database can't be written.
             ClosedError: After `close`.
         """
-        return self._store_figures(_INSERT_SWARM, metrics, SwarmMetric, SwarmMetricData, _swarm_row)
+        now, program = self._clock(), self._programs[_INSERT_SWARM]
+        _, bound = _batch(metrics, SwarmMetric, SwarmMetricData, program, _swarm_columns, _swarm_row, now)
+        self._write_many(program, bound)
+        return len(bound)
 
     def get_task_metrics(
         self,
@@ -372,20 +379,6 @@ class MetricOperations(Scope):
         }
         return self._metrics(SwarmMetric, filters, since, until, limit)
 
-    def _store_figures(
-        self,
-        statement: Insert,
-        metrics: Iterable[object],
-        model: type[Record],
-        shape: type[Any],
-        row: Callable[[Mapping[str, Any], datetime], dict[str, Any]],
-    ) -> int:
-        now = self._clock()
-        program = self._programs[statement]
-        bound = _checked(metrics, model, shape, lambda given: program.bind(row(given, now)))
-        self._write_many(program, bound)
-        return len(bound)
-
     def _metrics(
         self,
         model: type[R],
@@ -404,17 +397,36 @@ class MetricOperations(Scope):
         return self._rows(_newest(model, frozenset(given) - {"limit"}), given)
 
 
+_COUNTS = ("tokens_used", "files_changed")
+
+
 class _TakenError(Exception):
     """The key of at least one row of a batch belongs to another."""
 
 
-def _checked(
-    metrics: Iterable[object], model: type[Record], shape: type[Any], row: Callable[[Mapping[str, Any]], T]
-) -> list[T]:
-    """Return what *row* makes of each of *metrics*: a *model*, or a dict of *shape*."""
+def _batch(
+    metrics: Iterable[object],
+    model: type[Record],
+    shape: type[Any],
+    program: Program,
+    columns_of: Callable[[Columns, datetime], Columns],
+    row_of: Callable[[Mapping[str, Any], datetime], dict[str, Any]],
+    now: datetime,
+) -> tuple[Columns, list[Bound]]:
+    """Return the values of *metrics* by column, and by row as *program* wants them.
+
+    Dicts of plain values are checked column by column, which is a third of the work. What is anything else, or wrong,
+    is found to be so there, and looked at row by row.
+    """
     if isinstance(metrics, dict | Record) or not isinstance(metrics, Iterable):
         raise InvalidInputError("metrics", metrics, "a list, or another iterable, of metrics")
-    checked: list[T] = []
+    metrics = list(metrics)
+    try:
+        columns = columns_of(_columns(metrics, shape), now)
+        return columns, program.bind_columns(columns)
+    except InvalidInputError:
+        rows: list[dict[str, Any]] = []
+        bound: list[Bound] = []
     for metric in metrics:
         try:
             if isinstance(metric, dict):
@@ -423,10 +435,64 @@ def _checked(
                 given = {name: metric[name] for name in shape.__annotations__}
             else:
                 raise InvalidInputError("metric", metric, f"a dict ({shape.__name__}) or a {model.__name__}")
-            checked.append(row(given))
+            row = row_of(given, now)
+            bound.append(program.bind(row))
         except InvalidInputError as error:
-            raise error.within(f"metrics[{len(checked)}]") from None
-    return checked
+            raise error.within(f"metrics[{len(rows)}]") from None
+        rows.append(row)
+    return {name: [row[name] for row in rows] for name in shape.__annotations__}, bound
+
+
+def _columns(metrics: list[Any], shape: type[Any]) -> Columns:
+    """Return the values of dicts by key; where one has not the key, what that means.
+
+    Raises:
+        InvalidInputError: If one is no dict, or has other keys than *shape*.
+    """
+    if not set(map(type, metrics)) <= {dict}:
+        raise InvalidInputError("metric", metrics, "dicts")
+    for names in set(map(tuple, metrics)):
+        inputs.entries(dict.fromkeys(names), shape)
+    columns = {}
+    for name in shape.__annotations__:
+        absent = 0 if name in _COUNTS else None
+        columns[name] = [metric.get(name, absent) for metric in metrics]
+    return columns
+
+
+def _task_columns(given: Columns, now: datetime) -> Columns:
+    return {
+        "task_id": inputs.texts(given["task_id"], field="task_id"),
+        "agent_id": inputs.texts(given["agent_id"], field="agent_id"),
+        "duration_ms": inputs.wholes_or_none(given["duration_ms"], field="duration_ms"),
+        "result": inputs.members(TaskResult, given["result"], field="result"),
+        "tokens_used": inputs.wholes(given["tokens_used"], field="tokens_used"),
+        "files_changed": inputs.wholes(given["files_changed"], field="files_changed"),
+        "timestamp": inputs.moments(given["timestamp"], now, field="timestamp"),
+    }
+
+
+def _agent_columns(given: Columns, now: datetime) -> Columns:
+    return {
+        "agent_id": inputs.texts(given["agent_id"], field="agent_id"),
+        **_figure_columns(AgentMetricType, given, now),
+    }
+
+
+def _swarm_columns(given: Columns, now: datetime) -> Columns:
+    return {
+        "swarm_id": inputs.texts(given["swarm_id"], field="swarm_id"),
+        **_figure_columns(SwarmMetricType, given, now),
+    }
+
+
+def _figure_columns(vocabulary: type[Vocabulary], given: Columns, now: datetime) -> Columns:
+    return {
+        "metric_type": inputs.members(vocabulary, given["metric_type"], field="metric_type"),
+        "value": [inputs.number(value, field="value") for value in given["value"]],
+        "metadata": [inputs.json_object(value, field="metadata") for value in given["metadata"]],
+        "timestamp": inputs.moments(given["timestamp"], now, field="timestamp"),
+    }
 
 
 def _task_row(given: Mapping[str, Any], now: datetime) -> dict[str, Any]:
