@@ -1,6 +1,7 @@
 """Task, agent and swarm metrics."""
 
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta, timezone
@@ -18,6 +19,7 @@ from moai_flow.memory import (
     AgentMetricType,
     EventType,
     InvalidInputError,
+    RawConnection,
     SwarmDB,
     SwarmMetric,
     SwarmMetricData,
@@ -357,34 +359,39 @@ TIMES: list[Any] = [
     datetime(2025, 11, 30),  # noqa: DTZ001 (local time)
     7,
 ]
-TASKS = st.fixed_dictionaries(
+
+
+def with_one_odd(plain: dict[str, Any], odd: dict[str, list[Any]]) -> st.SearchStrategy[dict[str, Any]]:
+    changes = [{name: value} for name, values in odd.items() for value in values]
+    return st.sampled_from([{}, {}, *changes]).map(lambda change: {**plain, **change})
+
+
+TASKS = with_one_odd(
+    {"task_id": "t", "agent_id": "a", "result": "success"},
     {
-        "task_id": st.one_of(st.just("t"), st.sampled_from(ODD)),
-        "agent_id": st.one_of(st.just("a"), st.sampled_from(ODD)),
-        "result": st.one_of(st.just("success"), st.sampled_from(WORDS)),
-    },
-    optional={
-        "duration_ms": st.one_of(st.just(1), st.sampled_from(ODD_NUMBERS)),
-        "tokens_used": st.one_of(st.just(1), st.sampled_from(ODD_NUMBERS)),
-        "files_changed": st.one_of(st.just(1), st.sampled_from(ODD_NUMBERS)),
-        "timestamp": st.one_of(st.none(), st.sampled_from(TIMES)),
+        "task_id": ODD,
+        "agent_id": ODD,
+        "result": WORDS,
+        "duration_ms": ODD_NUMBERS,
+        "tokens_used": ODD_NUMBERS,
+        "files_changed": ODD_NUMBERS,
+        "timestamp": TIMES,
     },
 )
-FIGURES: st.SearchStrategy[dict[str, Any]] = st.fixed_dictionaries(
+FIGURES = with_one_odd(
+    {"agent_id": "a", "metric_type": "duration", "value": 1},
     {
-        "agent_id": st.one_of(st.just("a"), st.sampled_from(ODD)),
-        "metric_type": st.sampled_from(["duration", AgentMetricType.THROUGHPUT, Word("duration"), "lost", None, {}]),
-        "value": st.one_of(st.just(1), st.sampled_from(ODD_NUMBERS)),
-    },
-    optional={
-        "metadata": st.sampled_from([None, {}, {"k": [1]}, {"k": {1}}, {1: 2}, [], "k"]),
-        "timestamp": st.one_of(st.none(), st.sampled_from(TIMES)),
+        "agent_id": ODD,
+        "metric_type": [AgentMetricType.THROUGHPUT, Word("duration"), "lost", None, {}],
+        "value": ODD_NUMBERS,
+        "metadata": [None, {}, {"k": [1]}, {"k": {1}}, {1: 2}, [], "k"],
+        "timestamp": TIMES,
     },
 )
 
 
 @given(tasks=st.lists(TASKS, max_size=3), figures=st.lists(FIGURES, max_size=3))
-@settings(deadline=None, max_examples=300)
+@settings(deadline=None, max_examples=200)
 def test_a_batch_takes_and_refuses_what_single_calls_do(tasks: list[Any], figures: list[Any]) -> None:
     clock = Clock()
     with SwarmDB(":memory:", clock=clock) as one, SwarmDB(":memory:", clock=clock) as many:
@@ -413,3 +420,28 @@ def test_a_batch_takes_and_refuses_what_single_calls_do(tasks: list[Any], figure
         assert at_once(many.store_agent_metrics, figures) == refused
         if refused is None:
             assert many.get_agent_metrics() == one.get_agent_metrics()
+
+
+def waiting_for_locks(raw: RawConnection) -> int:
+    count = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'"
+    return int(raw.execute(count).fetchone()[0])
+
+
+def test_batches_in_another_order_never_wait_for_each_other(postgres_url: str, clock: Clock) -> None:
+    batches = [[task(name) for name in names] for names in ("amz", "zma")]
+    stores = SwarmDB(url=postgres_url, clock=clock), SwarmDB(url=postgres_url, clock=clock)
+    with stores[0] as db, stores[1] as watching, ThreadPoolExecutor(2) as pool:
+        with pytest.raises(KeyError), db.transaction():
+            db.store_task_metrics([task("m")])
+            stored = [pool.submit(db.store_task_metrics, batch) for batch in batches]
+            deadline = time.monotonic() + 60
+            waiting = 0
+            while waiting < 2 and time.monotonic() < deadline:
+                with watching.transaction() as raw:
+                    waiting = waiting_for_locks(raw)
+            raise KeyError
+        kept = [future.result() for future in stored]
+
+    assert waiting == 2
+    # Whoever came first has the time itself, and the other one the next.
+    assert sorted(kept) == [[clock.now] * 3, [clock.now + US] * 3]
