@@ -30,6 +30,7 @@ LAYERS = [
         "operations.metrics",
         "operations.retention",
     ],
+    ["tracking"],
     ["db"],
     ["reading"],
     ["transfer"],

@@ -67,6 +67,18 @@ def test_the_next_page_is_searched_for_where_the_last_one_ended(local_db: SwarmD
         (agents._FINISH, ["SEARCH agent_registry USING INDEX sqlite_autoindex_agent_registry_1 (agent_id=?)"]),
         (agents._RESUME, ["SEARCH agent_registry USING INDEX sqlite_autoindex_agent_registry_1 (agent_id=?)"]),
         (agents._DELETE, ["SEARCH agent_registry USING INDEX sqlite_autoindex_agent_registry_1 (agent_id=?)"]),
+        (agents._BEAT, ["SEARCH agent_registry USING INDEX sqlite_autoindex_agent_registry_1 (agent_id=?)"]),
+        (agents._BEAT_SPAWN, ["SEARCH agent_registry USING INDEX sqlite_autoindex_agent_registry_1 (agent_id=?)"]),
+        (agents._FINISH_SPAWN, ["SEARCH agent_registry USING INDEX sqlite_autoindex_agent_registry_1 (agent_id=?)"]),
+        (agents._FINISH_SILENT, ["SEARCH agent_registry USING INDEX sqlite_autoindex_agent_registry_1 (agent_id=?)"]),
+        (
+            agents._IS_REGISTERED,
+            ["SEARCH agent_registry USING COVERING INDEX sqlite_autoindex_agent_registry_1 (agent_id=?)"],
+        ),
+        (
+            metrics._IS_TAKEN,
+            ["SEARCH task_metrics USING COVERING INDEX sqlite_autoindex_task_metrics_1 (task_id=? AND timestamp=?)"],
+        ),
         # The index holds only agents that have not ended.
         (agents._ACTIVE, ["SCAN agent_registry USING INDEX idx_agent_registry_active"]),
         (

@@ -1,9 +1,11 @@
 """The same calls on both databases: the same answers, in the same order, and the same errors."""
 
 import os
+import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from typing import Any
 
 import pytest
@@ -13,7 +15,7 @@ from hypothesis.stateful import RuleBasedStateMachine, rule, run_state_machine_a
 
 from conftest import Clock
 from moai_flow.memory import AgentEvent, EventCursor, RetentionPolicy, SwarmDB, SwarmDBError
-from moai_flow.memory.models import Record
+from moai_flow.memory.models import Record, new_id
 from postgres import Server
 
 # Few names, so that calls meet each other's rows; and some that sort differently by code point and by language, that
@@ -40,6 +42,8 @@ JSON = st.recursive(
     max_leaves=6,
 )
 OBJECTS = st.none() | st.dictionaries(st.text(max_size=3), JSON, max_size=3)
+ENDS = st.sampled_from([None, ValueError, TimeoutError])
+MADE_ID = len(new_id())
 LIMITS = st.sampled_from([-1, 0, 1, 3, 100])
 
 
@@ -52,6 +56,8 @@ def comparable(answer: Any) -> Any:
     match answer:
         case Record():
             values = dict(answer)
+            if len(values.get("event_id", "")) == MADE_ID:
+                del values["event_id"]
             return type(answer).__name__, {
                 name: repr(value) for name, value in values.items() if name not in {"id", "metric_id"}
             }
@@ -159,6 +165,54 @@ class SameOnBoth(RuleBasedStateMachine):
     def update_agent_status(self, agent_id: str, status: Any, duration: Any) -> None:
         self.both(lambda store: store.update_agent_status(agent_id, status, duration))
 
+    @rule(agent_id=NAMES)
+    def heartbeat(self, agent_id: str) -> None:
+        self.both(lambda store: store.heartbeat(agent_id))
+
+    @rule(minutes=st.sampled_from([-1, 0, 1, 90]), reason=maybe(NAMES))
+    def give_up_silent_agents(self, minutes: int, reason: Any) -> None:
+        span = timedelta(minutes=minutes)
+        self.both(lambda store: store.find_stale_agents(span))
+        self.both(lambda store: store.mark_stale_agents(span, reason))
+
+    @rule(agent_id=NAMES, metadata=OBJECTS, said=OBJECTS, ends=ENDS, respawns=st.booleans())
+    def track_agent(self, agent_id: str, metadata: Any, said: Any, ends: Any, *, respawns: bool) -> None:
+        def track(store: SwarmDB) -> object:
+            try:
+                with store.track_agent(agent_id, "tracked", metadata) as agent:
+                    agent.metadata = said
+                    if respawns:
+                        store.delete_agent(agent_id)
+                        store.register_agent(agent_id, "again", "complete")
+                    alive = agent.heartbeat()
+                    if ends is not None:
+                        raise ends("why\0")
+            except (ValueError, TimeoutError) as error:
+                if isinstance(error, SwarmDBError):
+                    raise
+                return [note.partition(": got")[0] for note in getattr(error, "__notes__", ())]
+            return alive
+
+        self.both(track)
+
+    @rule(task=NAMES, agent=NAMES, result=maybe(WORDS["result"]), tokens=NUMBERS, ends=ENDS)
+    def track_task(self, task: str, agent: str, result: Any, tokens: int, ends: Any) -> None:
+        def track(store: SwarmDB) -> object:
+            tracked = store.track_task(task, agent)
+            try:
+                with tracked:
+                    if result is not None:
+                        tracked.result = result
+                    tracked.tokens_used = tokens
+                    if ends is not None:
+                        raise ends
+            except (ValueError, TimeoutError) as error:
+                if isinstance(error, SwarmDBError):
+                    raise
+            return tracked.timestamp, tracked.result, tracked.tokens_used
+
+        self.both(track)
+
     @rule(agent_id=NAMES, status=maybe(WORDS["status"]))
     def read_agents(self, agent_id: str, status: Any) -> None:
         self.both(lambda store: store.get_agent(agent_id))
@@ -198,6 +252,34 @@ class SameOnBoth(RuleBasedStateMachine):
     def store_figures(self, owner: str, metric: Any, value: float, metadata: Any, moment: Any) -> None:
         self.both(lambda store: store.store_agent_metric(owner, metric, value, metadata, moment) > 0)
         self.both(lambda store: store.store_swarm_metric(owner, metric, value, metadata, moment) > 0)
+
+    @rule(
+        batch=st.lists(st.tuples(GOOD_NAMES, WORDS["result"], maybe(NUMBERS), maybe(MOMENTS)), max_size=5),
+        extra=st.booleans(),
+    )
+    def store_task_metrics(self, batch: list[tuple[Any, ...]], *, extra: bool) -> None:
+        rows: list[Any] = [
+            {"task_id": task, "agent_id": task, "result": result, "duration_ms": duration, "timestamp": moment}
+            for task, result, duration, moment in batch
+        ]
+        if extra and rows:
+            rows[-1]["other"] = 1
+        self.both(lambda store: store.store_task_metrics(rows))
+        moments: list[Any] = [
+            {**row, "duration_ms": None, "result": "success"} for row in rows if row["timestamp"] != "soon"
+        ]
+        self.both(lambda store: store.store_task_metrics(moments))
+
+    @rule(batch=st.lists(st.tuples(GOOD_NAMES, WORDS["metric"], FLOATS, OBJECTS, maybe(MOMENTS)), max_size=4))
+    def store_batches_of_figures(self, batch: list[tuple[Any, ...]]) -> None:
+        batches: dict[str, Callable[..., int]] = {
+            "agent_id": SwarmDB.store_agent_metrics,
+            "swarm_id": SwarmDB.store_swarm_metrics,
+        }
+        for owner, store_metrics in batches.items():
+            names = (owner, "metric_type", "value", "metadata", "timestamp")
+            rows: list[Any] = [dict(zip(names, figure, strict=True)) for figure in batch]
+            self.both(partial(store_metrics, metrics=rows))
 
     @rule(
         owner=maybe(NAMES),
@@ -260,6 +342,7 @@ class SameOnBoth(RuleBasedStateMachine):
 @pytest.mark.timeout(600)
 def test_both_databases_answer_the_same(postgres_server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(SameOnBoth, "server", postgres_server, raising=False)
+    monkeypatch.setattr(time, "monotonic_ns", lambda: 0)  # Each store measures how long a block takes.
     examples = int(os.environ.get("MOAI_TEST_EXAMPLES", "40"))
     run_state_machine_as_test(
         SameOnBoth,

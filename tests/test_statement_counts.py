@@ -1,7 +1,8 @@
 """How many statements each operation sends: a slower one would send more, and this is no clock."""
 
 from collections.abc import Callable, Iterator
-from datetime import UTC, datetime
+from contextlib import AbstractContextManager
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,11 @@ def store(path: Path, sent: Statements, clock: Clock) -> Iterator[SwarmDB]:
         yield db
 
 
+def leave(block: AbstractContextManager[object]) -> None:
+    with block:
+        pass
+
+
 PLACE = EventCursor(datetime(2026, 1, 1, tzinfo=UTC), 5)
 
 #: One statement, with no BEGIN or COMMIT around it: the driver commits it by itself.
@@ -37,8 +43,11 @@ SINGLE: dict[str, Callable[[SwarmDB], object]] = {
     "get_events": lambda db: db.get_events(agent_id="a"),
     "get_events before": lambda db: db.get_events(before=PLACE),
     "register_agent": lambda db: db.register_agent("a", "t"),
+    "heartbeat": lambda db: db.heartbeat("a"),
     "update_agent_status": lambda db: db.update_agent_status("a", "running"),
     "update_agent_status to complete": lambda db: db.update_agent_status("a", "complete", duration_ms=1),
+    "find_stale_agents": lambda db: db.find_stale_agents(timedelta(hours=1)),
+    "mark_stale_agents, none": lambda db: db.mark_stale_agents(timedelta(hours=1)),
     "get_agent": lambda db: db.get_agent("a"),
     "get_active_agents": lambda db: db.get_active_agents(),
     "list_agents": lambda db: db.list_agents(status="spawned"),
@@ -48,6 +57,7 @@ SINGLE: dict[str, Callable[[SwarmDB], object]] = {
     "list_memories": lambda db: db.list_memories("s"),
     "memory_history": lambda db: db.memory_history("s", "semantic", "k"),
     "store_task_metric": lambda db: db.store_task_metric("other", "a", 1, "success"),
+    "track_task": lambda db: leave(db.track_task("tracked", "a")),
     "store_agent_metric": lambda db: db.store_agent_metric("a", "duration", 1),
     "store_swarm_metric": lambda db: db.store_swarm_metric("s", "health", 1),
     "get_task_metrics": lambda db: db.get_task_metrics(agent_id="a"),
@@ -79,6 +89,55 @@ def test_a_batch_is_one_statement_in_one_transaction(store: SwarmDB, sent: State
     store.insert_events([EVENT] * 1000)
 
     assert [statement.split()[0] for statement in sent] == ["BEGIN", "SAVEPOINT", "INSERT", "RELEASE", "COMMIT"]
+
+
+def words(sent: Statements) -> list[str]:
+    return [statement.split()[0] for statement in sent]
+
+
+def test_a_batch_of_metrics_is_one_statement_in_one_transaction(store: SwarmDB, sent: Statements) -> None:
+    for batch in (
+        lambda: store.store_task_metrics(
+            [{"task_id": "new", "agent_id": "a", "result": "success"} for _ in range(1000)]
+        ),
+        lambda: store.store_agent_metrics([{"agent_id": "a", "metric_type": "duration", "value": 1}] * 1000),
+        lambda: store.store_swarm_metrics([{"swarm_id": "s", "metric_type": "health", "value": 1}] * 1000),
+    ):
+        sent.clear()
+        batch()
+        assert words(sent) == ["BEGIN", "SAVEPOINT", "INSERT", "RELEASE", "COMMIT"]
+
+
+def test_a_batch_with_a_taken_key_is_written_twice_and_looks_once_for_each(store: SwarmDB, sent: Statements) -> None:
+    sent.clear()
+    store.store_task_metrics(
+        [{"task_id": name, "agent_id": "a", "result": "success"} for name in ("free", "task", "other")]
+    )
+
+    assert words(sent) == [
+        *["BEGIN", "SAVEPOINT", "INSERT", "ROLLBACK"],
+        *["SELECT"] * 3,
+        *["BEGIN", "SAVEPOINT", "INSERT", "RELEASE", "COMMIT"],
+    ]
+
+
+def test_an_agents_begin_its_end_and_giving_it_up_are_two_statements_in_a_transaction(
+    store: SwarmDB, sent: Statements, clock: Clock
+) -> None:
+    sent.clear()
+    tracked = store.track_agent("b", "t")
+    with tracked:
+        assert words(sent) == ["BEGIN", "SAVEPOINT", "INSERT", "INSERT", "RELEASE", "COMMIT"]
+        sent.clear()
+        tracked.heartbeat()
+        assert words(sent) == ["UPDATE"]
+        sent.clear()
+    assert words(sent) == ["BEGIN", "SAVEPOINT", "UPDATE", "INSERT", "RELEASE", "COMMIT"]
+
+    clock.advance(hours=2)
+    sent.clear()
+    assert len(store.mark_stale_agents(timedelta(hours=1))) == 1
+    assert words(sent) == ["SELECT", "BEGIN", "SAVEPOINT", "UPDATE", "INSERT", "RELEASE", "COMMIT"]
 
 
 def test_a_block_costs_four_statements_and_a_nested_one_two(store: SwarmDB, sent: Statements) -> None:

@@ -2,14 +2,14 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 from itertools import count
 from pathlib import Path
 from typing import Any
 
 from moai_flow.memory import AgentEvent, EventCursor, SwarmDB
 
-from .dataset import METADATA, START, STEP, VALUE, agent, agents_at_work, memory_of
+from .dataset import ACTIVE_AGENTS, METADATA, START, STEP, VALUE, agent, agents_at_work, memory_of
 from .measuring import Measurement, compare, timed
 from .raw import INSERT_EVENT, iso
 
@@ -54,6 +54,12 @@ EVENTS = [
 BATCH = EVENTS * 34  # A little over a thousand.
 
 
+def _active(number: int, rows: int) -> str:
+    """Return the id of one of the agents that have not ended."""
+    step = max(1, rows // ACTIVE_AGENTS)
+    return f"agent-{number % (rows // step) * step:07}"
+
+
 def _page_before(store: Store, number: int, rows: int) -> object:
     agents = agents_at_work(rows)
     # The agent's fiftieth newest event, as the file was made.
@@ -82,6 +88,29 @@ _NOW = iso(datetime.fromisoformat("2026-01-01T00:00:00+00:00"))
 
 
 OLD = "1999-01-01T00:00:00.000000+00:00"
+
+
+def _track_task(store: Store, number: int, rows: int) -> object:
+    with store.track_task(f"tracked-{number}", agent(number, rows)) as task:
+        pass
+    return task.timestamp if isinstance(store, SwarmDB) else task["timestamp"]
+
+
+def _track_agent(store: Store, number: int, rows: int) -> object:
+    with store.track_agent(f"tracked-{number}", "coder", METADATA):
+        pass
+    return None
+
+
+def _with_silent_agents(store: Store, numbers: range, rows: int) -> None:
+    then = datetime.fromisoformat("1999-01-01T00:00:00+00:00")
+    silent = [(f"silent-{number}-{at}", then.timestamp(), iso(then)) for number in numbers for at in range(100)]
+    with store.transaction() as raw:
+        raw.executemany(
+            "INSERT INTO agent_registry (agent_id, agent_type, status, spawn_time, metadata, last_updated) "
+            "VALUES (?, 'coder', 'running', ?, '{}', ?)",
+            silent,
+        )
 
 
 def _with_old_events(store: Store, numbers: range, rows: int) -> None:
@@ -190,6 +219,35 @@ CASES = (
         50,
     ),
     Case(
+        "heartbeat",
+        "heartbeat",
+        lambda store, number, rows: store.heartbeat(_active(number, rows)),
+        1000,
+        writes=True,
+        at_most=1.4,
+    ),
+    Case(
+        "find_stale_agents",
+        "find_stale_agents",
+        lambda store, number, rows: store.find_stale_agents(timedelta(hours=1)),
+        50,
+    ),
+    Case(
+        "track_agent, entered and left",
+        "track_agent",
+        _track_agent,
+        200,
+        writes=True,
+    ),
+    Case(
+        "mark_stale_agents, 100",
+        "mark_stale_agents",
+        lambda store, number, rows: store.mark_stale_agents(timedelta(days=3650)),
+        1,
+        writes=True,
+        prepare=_with_silent_agents,
+    ),
+    Case(
         "delete_agent",
         "delete_agent",
         lambda store, number, rows: store.delete_agent(f"doomed-{number}"),
@@ -261,6 +319,54 @@ CASES = (
         lambda store, number, rows: store.store_swarm_metric(agent(number, rows), "throughput", 0.5, METADATA),
         1000,
         writes=True,
+    ),
+    Case(
+        "track_task, entered and left",
+        "track_task",
+        _track_task,
+        1000,
+        writes=True,
+        at_most=1.4,
+    ),
+    Case(
+        "store_task_metrics, 1,000",
+        "store_task_metrics",
+        lambda store, number, rows: store.store_task_metrics(
+            {
+                "task_id": f"batch-{number}-{at:03}",
+                "agent_id": agent(at, rows),
+                "duration_ms": 1500,
+                "result": "success",
+                "tokens_used": 1200,
+                "files_changed": 3,
+            }
+            for at in range(1000)
+        ),
+        5,
+        writes=True,
+        at_most=1.35,
+    ),
+    Case(
+        "store_agent_metrics, 1,000",
+        "store_agent_metrics",
+        lambda store, number, rows: store.store_agent_metrics(
+            {"agent_id": agent(at, rows), "metric_type": "throughput", "value": 0.5, "metadata": METADATA}
+            for at in range(1000)
+        ),
+        5,
+        writes=True,
+        at_most=1.35,
+    ),
+    Case(
+        "store_swarm_metrics, 1,000",
+        "store_swarm_metrics",
+        lambda store, number, rows: store.store_swarm_metrics(
+            {"swarm_id": agent(at, rows), "metric_type": "throughput", "value": 0.5, "metadata": METADATA}
+            for at in range(1000)
+        ),
+        5,
+        writes=True,
+        at_most=1.35,
     ),
     Case(
         "get_task_metrics, newest 100 of an agent",

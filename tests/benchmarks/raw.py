@@ -7,6 +7,7 @@ parameters, so that one call measures either side; each takes just the filters t
 
 import json
 import sqlite3
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, contextmanager
 from datetime import UTC, datetime, timedelta
@@ -36,6 +37,15 @@ FINISH = (
 RESUME = (
     "UPDATE agent_registry SET status = ?, complete_time = NULL, duration_ms = NULL, last_updated = ? "
     "WHERE agent_id = ? RETURNING *"
+)
+BEAT = "UPDATE agent_registry SET last_updated = ? WHERE status NOT IN ('complete', 'error') AND agent_id = ?"
+FINISH_SPAWN = (
+    "UPDATE agent_registry SET status = ?, complete_time = ?, duration_ms = coalesce(?, duration_ms), "
+    "last_updated = ? WHERE agent_id = ? AND spawn_time = ?"
+)
+FINISH_SILENT = (
+    "UPDATE agent_registry SET status = 'error', complete_time = ?, last_updated = ? "
+    "WHERE agent_id = ? AND status = ? AND last_updated = ? RETURNING *"
 )
 INSERT_MEMORY = (
     "INSERT INTO session_memory (session_id, memory_type, key, value, timestamp, ttl_hours, created_at) "
@@ -187,6 +197,76 @@ class RawSwarm:
             )
         ]
 
+    def heartbeat(self, agent_id: str) -> bool:
+        return bool(self.raw.execute(BEAT, (iso(self._now()), agent_id)).rowcount)
+
+    def find_stale_agents(self, older_than: timedelta) -> list[Row]:
+        now = self._now()
+        stale = [
+            agent
+            for agent in self.get_active_agents()
+            if now - datetime.fromisoformat(agent["last_updated"]) > older_than
+        ]
+        return sorted(stale, key=lambda agent: (agent["last_updated"], agent["agent_id"]))
+
+    def mark_stale_agents(self, older_than: timedelta) -> list[Row]:
+        marked: list[Row] = []
+        for agent in self.find_stale_agents(older_than):
+            now = self._now()
+            seen = agent["last_updated"]
+            silent = (now - datetime.fromisoformat(seen)).total_seconds()
+            bound = (now.timestamp(), iso(now), agent["agent_id"], agent["status"], seen)
+            with self.transaction() as raw:
+                ended = raw.execute(FINISH_SILENT, bound).fetchall()
+                if ended:
+                    why = {"reason": "stale", "last_updated": seen, "silent_seconds": silent}
+                    raw.execute(INSERT_EVENT, self._event_of(agent, "error", now, why))
+            marked += map(with_metadata, ended)
+        return marked
+
+    def _event_of(self, agent: Row, kind: str, now: datetime, metadata: Row) -> tuple[Any, ...]:
+        at = iso(now)
+        return str(uuid4()), kind, agent["agent_id"], agent["agent_type"], at, json.dumps(metadata), at
+
+    @contextmanager
+    def track_task(self, task_id: str, agent_id: str) -> Iterator[Row]:
+        began = time.monotonic_ns()
+        task: Row = {"tokens_used": 0, "files_changed": 0}
+        result = "success"
+        try:
+            yield task
+        except Exception:
+            result = "failure"
+            raise
+        finally:
+            took = (time.monotonic_ns() - began) // 1_000_000
+            used = task["tokens_used"], task["files_changed"]
+            task["timestamp"] = self.store_task_metric(task_id, agent_id, took, result, *used)
+
+    @contextmanager
+    def track_agent(self, agent_id: str, agent_type: str, metadata: Row) -> Iterator[Row]:
+        spawned, began = self._now(), time.monotonic_ns()
+        agent = {"agent_id": agent_id, "agent_type": agent_type}
+        kept = json.dumps(metadata)
+        bound = (agent_id, agent_type, "running", spawned.timestamp(), None, None, kept, iso(spawned))
+        with self.transaction() as raw:
+            raw.execute(REGISTER, bound).fetchall()
+            raw.execute(INSERT_EVENT, self._event_of(agent, "spawn", spawned, metadata))
+        end: tuple[str, Row] = ("complete", {})
+        try:
+            yield agent
+        except Exception as error:
+            end = ("error", {"error_type": type(error).__name__, "error_message": str(error)})
+            raise
+        finally:
+            took = (time.monotonic_ns() - began) // 1_000_000
+            now = self._now()
+            status, said = end
+            with self.transaction() as raw:
+                finish = (status, now.timestamp(), took, iso(now), agent_id, spawned.timestamp())
+                raw.execute(FINISH_SPAWN, finish)
+                raw.execute(INSERT_EVENT, self._event_of(agent, status, now, said))
+
     def list_agents(self, status: str) -> list[Row]:
         return [
             with_metadata(row)
@@ -252,6 +332,41 @@ class RawSwarm:
     def store_swarm_metric(self, swarm_id: str, metric_type: str, value: float, metadata: Row) -> int | None:
         bound = (swarm_id, metric_type, value, json.dumps(metadata), spaced(self._now()))
         return self.raw.execute(INSERT_SWARM_METRIC, bound).lastrowid
+
+    def store_task_metrics(self, metrics: Iterable[Row]) -> list[str]:
+        now = spaced(self._now())
+        rows = [
+            (
+                metric["task_id"],
+                metric["agent_id"],
+                metric["duration_ms"],
+                metric["result"],
+                metric["tokens_used"],
+                metric["files_changed"],
+                now,
+            )
+            for metric in metrics
+        ]
+        with self.transaction() as raw:
+            if raw.executemany(INSERT_TASK, rows).rowcount == len(rows):
+                return [row[-1] for row in rows]
+        raise NotImplementedError("what is measured has no time that is taken")
+
+    def store_agent_metrics(self, metrics: Iterable[Row]) -> int:
+        return self._store_figures(INSERT_AGENT_METRIC, "agent_id", metrics)
+
+    def store_swarm_metrics(self, metrics: Iterable[Row]) -> int:
+        return self._store_figures(INSERT_SWARM_METRIC, "swarm_id", metrics)
+
+    def _store_figures(self, sql: str, owner: str, metrics: Iterable[Row]) -> int:
+        now = spaced(self._now())
+        rows = [
+            (metric[owner], metric["metric_type"], metric["value"], json.dumps(metric["metadata"]), now)
+            for metric in metrics
+        ]
+        with self.transaction() as raw:
+            raw.executemany(sql, rows)
+        return len(rows)
 
     def get_task_metrics(self, *, agent_id: str, limit: int = 100) -> list[Row]:
         found = self.raw.execute(

@@ -14,7 +14,7 @@ import pytest
 
 import moai_flow.memory
 from conftest import REPOSITORY
-from moai_flow.memory import EventData, SwarmDB
+from moai_flow.memory import AgentMetricData, EventData, SwarmDB, SwarmMetricData, TaskMetricData
 from moai_flow.memory.models import TABLES, Record, columns, table_of
 
 PACKAGE = "moai_flow.memory."
@@ -86,11 +86,13 @@ def test_the_schema_page_has_every_column_and_index(model: type[Record]) -> None
         assert f"| `{index.name}` | {on} |" in section
 
 
-def test_the_reference_has_every_key_of_an_event() -> None:
+@pytest.mark.parametrize("shape", [EventData, TaskMetricData, AgentMetricData, SwarmMetricData])
+def test_the_reference_has_every_key_of_an_input(shape: Any) -> None:
     page = (REPOSITORY / "docs" / "reference" / "inputs.md").read_text()
+    section = page.partition(f"::: {PACKAGE}{shape.__name__}\n")[2].partition("\n:::")[0]
 
-    assert re.findall(r"^\| `(\w+)` \|", page, re.MULTILINE) == list(EventData.__annotations__)
-    assert set(re.findall(r"^\| `(\w+)` .*\| yes \|", page, re.MULTILINE)) == EventData.__required_keys__
+    assert re.findall(r"^\| `(\w+)` \|", section, re.MULTILINE) == list(shape.__annotations__)
+    assert set(re.findall(r"^\| `(\w+)` .*\| yes \|", section, re.MULTILINE)) == shape.__required_keys__
 
 
 def test_every_command_and_option_is_on_the_command_lines_page() -> None:

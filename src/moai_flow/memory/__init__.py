@@ -36,7 +36,7 @@ from moai_flow.memory.errors import (
     SwarmDBError,
     TransactionError,
 )
-from moai_flow.memory.inputs import EventData
+from moai_flow.memory.inputs import AgentMetricData, EventData, SwarmMetricData, TaskMetricData
 from moai_flow.memory.models import (
     AgentEvent,
     AgentMetric,
@@ -50,10 +50,12 @@ from moai_flow.memory.models import (
 from moai_flow.memory.operations.maintenance import CheckReport, ForeignTime, UnlistedValue
 from moai_flow.memory.operations.retention import CleanedTable, CleanupReport, RetentionPolicy
 from moai_flow.memory.scope import RawConnection, RawCursor
+from moai_flow.memory.tracking import TrackedAgent, TrackedTask
 
 __all__ = [
     "AgentEvent",
     "AgentMetric",
+    "AgentMetricData",
     "AgentMetricType",
     "AgentMetricTypeLike",
     "AgentNotFoundError",
@@ -86,11 +88,15 @@ __all__ = [
     "SwarmDB",
     "SwarmDBError",
     "SwarmMetric",
+    "SwarmMetricData",
     "SwarmMetricType",
     "SwarmMetricTypeLike",
     "TaskMetric",
+    "TaskMetricData",
     "TaskResult",
     "TaskResultLike",
+    "TrackedAgent",
+    "TrackedTask",
     "TransactionError",
     "UnlistedValue",
 ]

@@ -15,14 +15,12 @@ from moai_flow.memory.connections import Connections, Limit
 from moai_flow.memory.engine import PAGE_CACHE_MIB, Durability, Settings, create, locate, locate_engine, shown_place
 from moai_flow.memory.errors import InvalidInputError
 from moai_flow.memory.migrations import bring_up_to_date
-from moai_flow.memory.operations.agents import AgentOperations
-from moai_flow.memory.operations.events import EventOperations
 from moai_flow.memory.operations.maintenance import MaintenanceOperations
 from moai_flow.memory.operations.memory import MemoryOperations
-from moai_flow.memory.operations.metrics import MetricOperations
 from moai_flow.memory.operations.retention import RetentionOperations, RetentionPolicy
 from moai_flow.memory.scope import RawConnection, translating
 from moai_flow.memory.statements import Programs
+from moai_flow.memory.tracking import Tracking
 from moai_flow.memory.types import utc_now
 
 #: How many idle connections stay open: enough for the threads of one program, none where the pool is the caller's.
@@ -33,14 +31,7 @@ _LONGEST_TIMEOUT = 2_147_483
 _LARGEST_CACHE = 2_097_151
 
 
-class SwarmDB(
-    EventOperations,
-    AgentOperations,
-    MemoryOperations,
-    MetricOperations,
-    RetentionOperations,
-    MaintenanceOperations,
-):
+class SwarmDB(Tracking, MemoryOperations, RetentionOperations, MaintenanceOperations):
     """Everything a swarm remembers, behind one object.
 
     One object serves all threads of a process. After a fork the child uses it on, with connections of its own; of a

@@ -113,6 +113,28 @@ class Program:
             values = {**self._constants, **values}
         return tuple([values[name] if encode is None else encode(values[name]) for name, encode in self._slots])
 
+    def bind_columns(self, columns: Mapping[str, Sequence[Any]]) -> list[Bound]:
+        """Return the rows of *columns*, which have no other values than the statement's own, as `bind` does.
+
+        Raises:
+            InvalidInputError: If a value can't be encoded.
+        """
+        return list(
+            zip(
+                *[columns[name] if encode is None else map(encode, columns[name]) for name, encode in self._slots],
+                strict=True,
+            )
+        )
+
+    def rebind(self, bound: Bound, **values: Any) -> Bound:
+        """Return *bound* with other *values*, by name, in the place of some of its own."""
+        return tuple(
+            [
+                old if name not in values else values[name] if encode is None else encode(values[name])
+                for old, (name, encode) in zip(bound, self._slots, strict=True)
+            ]
+        )
+
     def fetch(self, raw: Any, bound: Bound) -> list[Row]:
         """Run on a driver's connection and return every row.
 
@@ -162,17 +184,21 @@ class Program:
         except self.backend.error as error:
             raise translated(error, self._where) from error
 
-    def execute_many(self, raw: Any, bound: Iterable[Bound]) -> None:
-        """Run once for each of *bound*. The caller's transaction decides what stays if one of them fails.
+    def execute_many(self, raw: Any, bound: Iterable[Bound]) -> Any:
+        """Run once for each of *bound*, and return the cursor, for its ``rowcount``.
+
+        The caller's transaction decides what stays if one of them fails.
 
         Raises:
             SwarmDBError: What the driver's error means.
         """
         logger.debug("%s (many)", self.sql)
         try:
-            self.backend.cursor(raw).executemany(self.sql, bound)
+            cursor = self.backend.cursor(raw)
+            cursor.executemany(self.sql, bound)
         except self.backend.error as error:
             raise translated(error, self._where) from error
+        return cursor
 
 
 def _by_position(dialect: Dialect) -> Dialect:

@@ -337,7 +337,17 @@ class _Moment(Stored[datetime]):
 
     def bind_processor(self, dialect: Dialect) -> Encoder:
         encode = in_utc if is_postgresql(dialect) else self.encode
-        return lambda value: None if value is None else encode(value)
+        last: tuple[datetime | None, Any] = (None, None)
+
+        def encode_unless_same(moment: datetime | None) -> Any:
+            nonlocal last
+            known, stored = last
+            if moment is not known:  # Most rows of a batch have the very moment that the row before had.
+                stored = None if moment is None else encode(moment)
+                last = (moment, stored)
+            return stored
+
+        return encode_unless_same
 
     def result_processor(self, dialect: Dialect, coltype: object) -> Decoder:
         return _decode_moment if is_postgresql(dialect) else self.decode

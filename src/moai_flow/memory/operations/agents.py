@@ -1,10 +1,11 @@
 """The registry: each agent's present state."""
 
 from collections.abc import Iterable
+from datetime import datetime, timedelta
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
-from sqlalchemy import Dialect, Executable, bindparam, delete, func, or_, select, update
+from sqlalchemy import Dialect, Executable, bindparam, delete, func, or_, select, type_coerce, update
 from sqlmodel import col
 
 from moai_flow.memory import inputs
@@ -13,8 +14,10 @@ from moai_flow.memory.errors import AgentNotFoundError, InvalidInputError
 from moai_flow.memory.models import HAS_NOT_ENDED, RegisteredAgent, table_of, unsearched
 from moai_flow.memory.scope import Scope
 from moai_flow.memory.statements import Query, Statement, insert_for
+from moai_flow.memory.types import AsStored
 
 _AGENTS = table_of(RegisteredAgent)
+_LAST_UPDATED = list(_AGENTS.columns.keys()).index("last_updated")
 
 NEWEST_SPAWN_FIRST = (col(RegisteredAgent.spawn_time).desc(), col(RegisteredAgent.agent_id).desc())
 
@@ -29,15 +32,27 @@ def _upsert(dialect: Dialect) -> Executable:
 
 _REGISTER = Query(RegisteredAgent, _upsert, writes=_AGENTS)
 _UPDATE = update(_AGENTS).where(_AGENTS.c.agent_id == bindparam("agent"))
-_FINISH = Query(
+_END = _UPDATE.values(
+    status=bindparam("status"),
+    complete_time=bindparam("complete_time"),
+    duration_ms=func.coalesce(bindparam("duration_ms"), _AGENTS.c.duration_ms),
+    last_updated=bindparam("last_updated"),
+)
+_FINISH = Query(RegisteredAgent, _END.returning(*_AGENTS.columns), writes=_AGENTS)
+_IS_SPAWN = _AGENTS.c.spawn_time == bindparam("spawned")
+_FINISH_SPAWN = Statement(_END.where(_IS_SPAWN), writes=_AGENTS)
+_FINISH_SILENT = Query(
     RegisteredAgent,
-    _UPDATE.values(
-        status=bindparam("status"),
-        complete_time=bindparam("complete_time"),
-        duration_ms=func.coalesce(bindparam("duration_ms"), _AGENTS.c.duration_ms),
-        last_updated=bindparam("last_updated"),
+    _END.where(
+        _AGENTS.c.status == bindparam("seen_status"),
+        # As it is stored: other programs write times in other ways.
+        type_coerce(_AGENTS.c.last_updated, AsStored) == bindparam("seen_update"),
     ).returning(*_AGENTS.columns),
     writes=_AGENTS,
+)
+_BEAT = Statement(_UPDATE.where(HAS_NOT_ENDED).values(last_updated=bindparam("last_updated")), writes=_AGENTS)
+_BEAT_SPAWN = Statement(
+    _UPDATE.where(HAS_NOT_ENDED, _IS_SPAWN).values(last_updated=bindparam("last_updated")), writes=_AGENTS
 )
 _RESUME = Query(
     RegisteredAgent,
@@ -46,6 +61,7 @@ _RESUME = Query(
     ).returning(*_AGENTS.columns),
     writes=_AGENTS,
 )
+_IS_REGISTERED = Statement(select(_AGENTS.c.agent_id).where(_AGENTS.c.agent_id == bindparam("agent")))
 _BY_ID = Query(RegisteredAgent, select(_AGENTS).where(_AGENTS.c.agent_id == bindparam("agent_id")))
 _ACTIVE = Query(
     RegisteredAgent,
@@ -60,6 +76,13 @@ _DELETE = Statement(delete(_AGENTS).where(_AGENTS.c.agent_id == bindparam("agent
 def _filtered(names: frozenset[str]) -> Query[RegisteredAgent]:
     conditions: Iterable[Any] = (_AGENTS.c[name] == bindparam(name) for name in sorted(names))
     return Query(RegisteredAgent, select(_AGENTS).where(*conditions).order_by(*NEWEST_SPAWN_FIRST))
+
+
+class Silent(NamedTuple):
+    """An agent that has not been heard of, and its last update as the database has it."""
+
+    agent: RegisteredAgent
+    stored_update: Any
 
 
 class AgentOperations(Scope):
@@ -136,7 +159,7 @@ class AgentOperations(Scope):
         row = {"agent": inputs.text(agent_id, field="agent_id"), "status": state, "last_updated": now}
         if not state.is_active:
             duration = inputs.whole_or_none(duration_ms, field="duration_ms")
-            updated = self._write_returning(_FINISH, {**row, "complete_time": now.timestamp(), "duration_ms": duration})
+            updated = self._write_returning(_FINISH, {**row, **_ending(state, now, duration)})
         elif duration_ms is None:
             updated = self._write_returning(_RESUME, row)
         else:
@@ -146,6 +169,44 @@ class AgentOperations(Scope):
         if not updated:
             raise AgentNotFoundError(agent_id)
         return updated[0]
+
+    def heartbeat(self, agent_id: str) -> bool:
+        """Say that an agent is alive, now: sets its ``last_updated``, and nothing else. No event is written.
+
+        Args:
+            agent_id: The agent's id.
+
+        Returns:
+            Whether the agent is to go on. False says that it has ended by its row, which is left alone: somebody
+            finished it, or `mark_stale_agents` gave it up.
+
+        Raises:
+            AgentNotFoundError: If no agent is registered under the id.
+            InvalidInputError: If *agent_id* is no text.
+            BusyError: If another writer keeps the database for longer than the busy timeout.
+            StorageError: If the database can't be written.
+            ClosedError: After `close`.
+        """
+        return self._beat(_BEAT, {"agent": inputs.text(agent_id, field="agent_id")})
+
+    def find_stale_agents(self, older_than: timedelta) -> list[RegisteredAgent]:
+        """Return the agents that are spawned or running by their rows, and have not been heard of for long.
+
+        What counts is ``last_updated``, which `register_agent`, `update_agent_status` and `heartbeat` set.
+
+        Args:
+            older_than: For longer than this, greater than zero.
+
+        Returns:
+            The agents, longest silent first; of two silent since the same time, the lesser id first.
+
+        Raises:
+            InvalidInputError: If *older_than* is no `timedelta` greater than zero.
+            CorruptDataError: If a stored value of an active agent can't be decoded.
+            StorageError: If the database can't be read.
+            ClosedError: After `close`.
+        """
+        return [silent.agent for silent in self._silent(older_than)]
 
     def get_agent(self, agent_id: str) -> RegisteredAgent | None:
         """Return an agent, or None if none is registered under this id.
@@ -220,3 +281,43 @@ class AgentOperations(Scope):
         """
         deleted = self._write(_DELETE, {"agent_id": inputs.text(agent_id, field="agent_id")})
         return bool(deleted.rowcount)
+
+    # What `tracking` is made of.
+
+    def _beat(self, statement: Statement, row: dict[str, Any]) -> bool:
+        if self._write(statement, {**row, "last_updated": self._clock()}).rowcount:
+            return True
+        if not self._tuples(_IS_REGISTERED, row):
+            raise AgentNotFoundError(row["agent"])
+        return False
+
+    def _beat_of_spawn(self, agent_id: str, spawn_time: float) -> bool:
+        """Do what `heartbeat` does, if the agent has not been respawned."""
+        return self._beat(_BEAT_SPAWN, {"agent": agent_id, "spawned": spawn_time})
+
+    def _silent(self, older_than: timedelta) -> list[Silent]:
+        longest = inputs.span(older_than, field="older_than")
+        rows = self._tuples(_ACTIVE, {})
+        now = self._clock()
+        found = [
+            Silent(agent, row[_LAST_UPDATED])
+            for row, agent in zip(rows, self._decoder(_ACTIVE).decode(rows), strict=True)
+            if now - agent.last_updated > longest
+        ]
+        return sorted(found, key=lambda silent: (silent.agent.last_updated, silent.agent.agent_id))
+
+    def _finish_silent(self, silent: Silent, now: datetime) -> list[RegisteredAgent]:
+        """End an agent with an error, if its row is as it was seen; else return nothing."""
+        row = {"agent": silent.agent.agent_id, "seen_status": silent.agent.status, "seen_update": silent.stored_update}
+        return self._write_returning(_FINISH_SILENT, {**row, **_ending(AgentStatus.ERROR, now, None)})
+
+    def _finish_spawn(
+        self, agent_id: str, spawn_time: float, status: AgentStatus, now: datetime, duration_ms: int
+    ) -> None:
+        """End an agent, if it is there and has not been respawned."""
+        row = {"agent": agent_id, "spawned": spawn_time}
+        self._write(_FINISH_SPAWN, {**row, **_ending(status, now, duration_ms)})
+
+
+def _ending(status: AgentStatus, now: datetime, duration_ms: int | None) -> dict[str, Any]:
+    return {"status": status, "complete_time": now.timestamp(), "duration_ms": duration_ms, "last_updated": now}

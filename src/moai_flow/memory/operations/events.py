@@ -19,8 +19,6 @@ from moai_flow.memory.types import AsStored
 
 _EVENTS = table_of(AgentEvent)
 _ID, _TIME = (list(_EVENTS.columns.keys()).index(name) for name in ("id", "timestamp"))
-_KEYS = frozenset(EventData.__annotations__)
-_REQUIRED = EventData.__required_keys__
 
 #: How many events of a page are objects at a time: with more, most time goes to the cycle collector.
 _DECODED_AT_ONCE = 100
@@ -214,6 +212,13 @@ class EventOperations(Scope):
             values["after_time"], values["after_id"] = rows[-1][_TIME], rows[-1][_ID]
             values.pop("since", None)  # All that comes after is; as a second lower bound it would be searched by.
 
+    def _append_event(
+        self, event_type: EventType, agent_id: str, agent_type: str, timestamp: datetime, metadata: dict[str, Any]
+    ) -> None:
+        """Append an event about an agent of the registry, whose values need no check, however they came there."""
+        row = {"event_id": new_id(), "event_type": event_type, "agent_id": agent_id, "agent_type": agent_type}
+        self._write(_INSERT, {**row, "timestamp": timestamp, "metadata": metadata, "created_at": timestamp})
+
     def _event_row(self, event: EventData | AgentEvent, event_id: str | None) -> dict[str, Any]:
         if isinstance(event, AgentEvent):
             given: dict[str, Any] = {
@@ -225,14 +230,9 @@ class EventOperations(Scope):
             }
             event_id = event.event_id if event_id is None else event_id
         elif isinstance(event, dict):
-            given = dict(event)
-            if not given.keys() <= _KEYS:
-                raise InvalidInputError(min(given.keys() - _KEYS, key=str), given, f"only the keys {_listed(_KEYS)}")
+            given = inputs.entries(dict(event), EventData)
         else:
             raise InvalidInputError("event_data", event, "a dict (EventData) or an AgentEvent")
-        missing = _REQUIRED - given.keys()
-        if missing:
-            raise InvalidInputError(min(missing), given, f"a dict with {_listed(_REQUIRED)}")
         now = self._clock()
         timestamp = given.get("timestamp")
         return {
@@ -267,7 +267,3 @@ def _position(before: AgentEvent | EventCursor) -> tuple[datetime, int]:
     except (TypeError, ValueError):
         raise InvalidInputError("before", before, "an event that was read from this database, or its cursor") from None
     return inputs.moment(cursor.timestamp, field="before"), inputs.whole(cursor.id, field="before")
-
-
-def _listed(names: Iterable[str]) -> str:
-    return ", ".join(sorted(names))
