@@ -33,6 +33,7 @@ from moai_flow.memory import (
     TransactionError,
 )
 from moai_flow.memory.operations import events as internals
+from postgres import Server
 
 SPAWN = multiprocessing.get_context("spawn")
 
@@ -526,18 +527,24 @@ def test_a_number_that_was_drawn_by_who_has_no_transaction_id_is_waited_for(post
     assert [found.id for found in islice(store.watch_events(0), 3)] == [1, 2, 3]
 
 
-def test_a_transaction_that_is_prepared_meanwhile_is_still_waited_for(postgres_url: str, store: SwarmDB) -> None:
+@pytest.mark.parametrize("restarts", [False, True])
+def test_a_transaction_that_is_prepared_meanwhile_is_still_waited_for(
+    postgres_server: Server, postgres_url: str, store: SwarmDB, *, restarts: bool
+) -> None:
     watcher = Watcher(store)
-    with connect(postgres_url, autocommit=True) as other:
-        if other.execute("SHOW max_prepared_transactions").fetchone() == ("0",):
+    with closing(connect(postgres_url)) as first:
+        if first.execute("SHOW max_prepared_transactions").fetchone() == ("0",):
             pytest.skip("the server prepares no transactions")
-        with closing(connect(postgres_url)) as first:
-            insert(first, "lower")
-            store.insert_event(event("higher"))
-            assert watcher.poll() == []
-            first.execute("PREPARE TRANSACTION 'swarm'")
-            assert [watcher.poll() for _ in range(3)] == [[]] * 3
-            assert Watcher(store).poll() == []  # Nor does one that finds it prepared pass it by.
+        insert(first, "lower")
+        store.insert_event(event("higher"))
+        assert watcher.poll() == []
+        first.execute("PREPARE TRANSACTION 'swarm'")
+    if restarts:  # It has another name then.
+        postgres_server.stop()
+        postgres_server.start()
+    assert [watcher.poll() for _ in range(3)] == [[]] * 3
+    assert Watcher(store).poll() == []  # Nor does one that finds it prepared pass it by.
+    with connect(postgres_url, autocommit=True) as other:
         other.execute("COMMIT PREPARED 'swarm'")
 
     assert watcher.poll() == ["lower", "higher"]

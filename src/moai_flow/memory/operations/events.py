@@ -123,7 +123,7 @@ _WRITERS = Statement(
     )
     """)
 )
-#: How the name of a prepared transaction begins there.
+#: How the name of a prepared transaction begins there, after a restart.
 _PREPARED = "-1/"
 
 
@@ -384,7 +384,7 @@ class EventOperations(Scope):
         released later. Once those that hold it now have ended, H is settled: whoever takes it later draws higher ids.
         """
         if place.writers:
-            # A transaction that is prepared for a two-phase commit gets another name.
+            # One that was prepared for a two-phase commit has another name once the server has been restarted.
             writers = frozenset(name for name in self._writers() if name in place.writers or name.startswith(_PREPARED))
             if writers:
                 return place._replace(writers=writers, pause=min(place.pause * 2, watch.poll))
