@@ -728,7 +728,7 @@ def test_a_watcher_sees_10000_events_of_8_processes_once_and_in_order_through_a_
     try:
         for writer in writers:
             writer.start()
-        for goal in (2000, 5000):
+        for goal in (1500, 3500):
             while lines() < goal:
                 assert watcher.poll() is None
                 threading.Event().wait(0.001)
@@ -748,8 +748,9 @@ def test_a_watcher_sees_10000_events_of_8_processes_once_and_in_order_through_a_
     seen = [line.split() for line in got.read_text().splitlines()]
     numbers = [int(number) for number, _ in seen]
     assert numbers == sorted(set(numbers))
-    assert sorted(event_id for _, event_id in seen) == sorted([*(one for ids in written for one in ids), last])
-    assert len(seen) == WRITERS * EACH + 1
+    stored, got_ids = {last}.union(*written), {event_id for _, event_id in seen}
+    assert (len(stored - got_ids), len(got_ids - stored)) == (0, 0)  # Missed, and undone.
+    assert len(seen) == len(stored) == WRITERS * EACH + 1
     for ids in written:  # Each writer's own events come in the order in which it wrote them.
         mine = set(ids)
         assert [event_id for _, event_id in seen if event_id in mine] == ids
