@@ -37,6 +37,7 @@ SETTINGS = {
     "fsync": "off",
     "full_page_writes": "off",
     "max_connections": "300",
+    "max_prepared_transactions": "4",
     "max_wal_size": "256MB",  # It may be in memory.
     "TimeZone": "Asia/Tokyo",  # Far from UTC, so that tests notice what depends on it.
 }

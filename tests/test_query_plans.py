@@ -60,6 +60,20 @@ def test_the_next_page_is_searched_for_where_the_last_one_ended(local_db: SwarmD
     assert "timestamp>?" in plan(local_db, events._page(names - {"since"} | {"after_time", "after_id"}))[0]
 
 
+@pytest.mark.parametrize("names", sets_of("types", "agent_ids", "exclude_agent"))
+def test_a_watcher_reads_by_the_primary_key_from_its_position_on(local_db: SwarmDB, names: frozenset[str]) -> None:
+    first, *rest = plan(local_db, events._after(names))
+
+    assert first == "SEARCH agent_events USING INTEGER PRIMARY KEY (rowid>? AND rowid<?)"
+    # What it looks for is a list, made once for a page; what it finds is in order.
+    assert {step.partition(" ")[0] for step in rest} == ({"LIST", "SCAN"} if names & {"types", "agent_ids"} else set())
+    assert all("VIRTUAL TABLE" in step for step in rest if step.startswith("SCAN"))
+
+
+def test_the_end_of_the_log_is_found_by_its_key(local_db: SwarmDB) -> None:
+    assert plan(local_db, events._LAST_ID) == ["SEARCH agent_events"]
+
+
 @pytest.mark.parametrize(
     ("statement", "expected"),
     [

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from datetime import UTC, datetime, timedelta
 from functools import partial
+from itertools import islice
 from typing import Any
 
 import pytest
@@ -154,6 +155,31 @@ class SameOnBoth(RuleBasedStateMachine):
     @rule(moment=MOMENTS, number=NUMBERS)
     def page_from_anywhere(self, moment: Any, number: int) -> None:
         self.both(lambda store: len(store.get_events(before=EventCursor(moment, number), limit=0)))
+
+    @rule(
+        types=maybe(st.lists(WORDS["event_type"], max_size=3)),
+        agent_ids=maybe(NAMES | st.lists(NAMES, max_size=3)),
+        exclude_agent=maybe(NAMES),
+        skipped=st.integers(-1, 3),
+    )
+    def watch_events(self, types: Any, agent_ids: Any, exclude_agent: Any, skipped: int) -> None:
+        def watched(store: SwarmDB) -> list[AgentEvent]:
+            everything = sorted(store.iter_events(), key=lambda event: event.id or 0)
+            after = everything[skipped - 1].id if 0 < skipped <= len(everything) else min(skipped, 0)
+            watcher = store.watch_events(after, types=types, agent_ids=agent_ids, exclude_agent=exclude_agent)
+            wanted = [
+                event
+                for event in everything
+                if (event.id or 0) > (after or 0)
+                and (types is None or event.event_type in types)
+                and (agent_ids is None or event.agent_id in ([agent_ids] if isinstance(agent_ids, str) else agent_ids))
+                and event.agent_id != exclude_agent
+            ]
+            found = list(islice(watcher, len(wanted)))  # It would wait for one more.
+            assert [event.id for event in found] == [event.id for event in wanted]
+            return found
+
+        self.both(watched)
 
     # Agents
 

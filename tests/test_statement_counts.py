@@ -10,6 +10,7 @@ import pytest
 from conftest import Clock
 from driver import Statements, counting
 from moai_flow.memory import EventCursor, EventData, SwarmDB
+from moai_flow.memory.operations import events
 
 EVENT: EventData = {"event_type": "spawn", "agent_id": "a", "agent_type": "t"}
 
@@ -179,6 +180,26 @@ def test_iterating_costs_one_statement_a_page(
     assert len(list(store.iter_events(batch_size=batch_size))) == 25
 
     assert len(sent) == statements  # The first one notes where the log ends.
+
+
+def test_a_poll_costs_one_statement_and_one_more_for_each_page_that_there_is(store: SwarmDB, sent: Statements) -> None:
+    store.insert_events([EVENT] * 100)
+    watch, place = events._Watch(events._after(frozenset()), {}, 0.5), events._Place(0, 0)
+    counts = []
+    for _ in range(4):
+        sent.clear()
+        found, place = store._poll(watch, place)
+        counts.append((len(found), len(sent)))
+
+    assert counts == [(100, 2), (25, 1), (0, 1), (0, 1)]  # It looks for the end of the log once for many pages.
+
+
+def test_watching_begins_with_one_statement_at_most(store: SwarmDB, sent: Statements) -> None:
+    sent.clear()
+    store.watch_events(5)
+    assert len(sent) == 0
+    store.watch_events()
+    assert len(sent) == 1
 
 
 def test_opening_an_up_to_date_file_reads_its_version_and_its_journal(path: Path) -> None:

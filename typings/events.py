@@ -39,13 +39,21 @@ def reading(db: SwarmDB) -> None:
     assert_type(db.iter_events("a", "error", since="2025-11-30", batch_size=100), Iterator[AgentEvent])
 
 
+def watching(db: SwarmDB) -> None:
+    event = next(assert_type(db.watch_events(), Iterator[AgentEvent]))
+    db.watch_events(0)
+    db.watch_events(event, types="error", agent_ids="a", exclude_agent="me", poll=0.1)
+    db.watch_events(after=event.id, types=["error", EventType.SPAWN], agent_ids={"a", "b"})
+    db.watch_events(types=(kind for kind in EventType), agent_ids=(name for name in "ab"), poll=1)
+
+
 def words(event_type: EventTypeLike) -> None:
     assert_type(EventType(event_type), EventType)
     assert_type(EventType.read("decision"), EventType)
     assert_type(EventType.SPAWN.is_listed, bool)
 
 
-def mistakes(db: SwarmDB) -> None:
+def mistakes(db: SwarmDB, event: AgentEvent) -> None:
     db.insert_event({"event_type": "spawn", "agent_id": "a"})  # type: ignore[arg-type]
     db.insert_event({"event_type": "spawn", "agent_id": "a", "agent_type": "b", "model": "c"})  # type: ignore[arg-type]
     db.insert_event({"event_type": "spwan", "agent_id": "a", "agent_type": "b"})  # type: ignore[arg-type]
@@ -60,4 +68,11 @@ def mistakes(db: SwarmDB) -> None:
     db.get_events(limit="10")  # type: ignore[arg-type]
     db.get_events("a", "spawn", 10, "2025-11-30")  # type: ignore[call-arg]
     db.get_events(before="2025-11-30")  # type: ignore[arg-type]
+    db.watch_events("7")  # type: ignore[arg-type]
+    db.watch_events(event.cursor)  # type: ignore[arg-type]
+    db.watch_events(0, "error")  # type: ignore[call-arg]
+    db.watch_events(types="spwan")  # type: ignore[arg-type]
+    db.watch_events(types=["spwan"])  # type: ignore[list-item]
+    db.watch_events(agent_ids=[7])  # type: ignore[list-item]
+    db.watch_events(exclude_agent=["a"])  # type: ignore[arg-type]
     AgentEvent(event_type=EventType.SPAWN, agent_id="a")  # type: ignore[call-arg]

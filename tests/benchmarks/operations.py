@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from itertools import count
+from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +65,11 @@ def _page_before(store: Store, number: int, rows: int) -> object:
     # The agent's fiftieth newest event, as the file was made.
     last = number % agents + (rows // agents - 50) * agents
     return store.get_events(agent_id=agent(number, rows), before=EventCursor(START + STEP * last, last + 1))
+
+
+def _next_thousand(store: Store, number: int, rows: int) -> object:
+    # From the ids that the file was made with, a thousand of which come after any of these.
+    return list(islice(store.watch_events(number * STRIDE % (rows - 999)), 1000))
 
 
 def _ten_inserts(store: Store, number: int, rows: int) -> object:
@@ -180,6 +185,7 @@ CASES = (
         1,
         at_most=1.5,
     ),
+    Case("watch_events, next 1,000", "watch_events", _next_thousand, 5, at_most=1.5),
     # Agents
     Case(
         "register_agent",

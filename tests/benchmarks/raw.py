@@ -166,6 +166,13 @@ class RawSwarm:
     def iter_events(self) -> Iterator[Row]:
         return map(with_metadata, self.raw.execute("SELECT * FROM agent_events ORDER BY timestamp, id"))
 
+    def watch_events(self, after: int) -> Iterator[Row]:
+        while found := self.raw.execute(
+            "SELECT * FROM agent_events WHERE id > ? ORDER BY id LIMIT 100", (after,)
+        ).fetchall():
+            yield from map(with_metadata, found)
+            after = found[-1]["id"]
+
     # Agents
 
     def register_agent(self, agent_id: str, agent_type: str, *, metadata: Row) -> Row:

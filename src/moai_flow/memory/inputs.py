@@ -1,8 +1,9 @@
 """What callers pass in, checked once at the door: inside, everything is typed."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from typing import Any, NotRequired, TypedDict, TypeVar
 
 from moai_flow.memory.enums import (
@@ -118,6 +119,15 @@ def recognise_filter(vocabulary: type[V], value: str | None, *, field: str) -> V
     return None if value is None else recognise(vocabulary, value, field=field)
 
 
+def recognise_filters(vocabulary: type[V], values: Iterable[str] | str | None, *, field: str) -> list[V] | None:
+    """Return the members to filter by, or None for any.
+
+    Raises:
+        InvalidInputError: As `recognise`, or if there is none.
+    """
+    return _each(values, partial(recognise, vocabulary), field)
+
+
 def text(value: str, *, field: str) -> str:
     """Return *value* if it can name something: text that is not empty.
 
@@ -140,6 +150,38 @@ def text_filter(value: str | None, *, field: str) -> str | None:
     if not isinstance(value, str):
         raise InvalidInputError(field, value, "text, or None for any")
     return _storable(value, field)
+
+
+def text_filters(values: Iterable[str] | str | None, *, field: str) -> list[str] | None:
+    """Return the texts to search for, or None for any. Empty text is one like any other.
+
+    Raises:
+        InvalidInputError: If there is none, or one is no text, or holds NUL or a lone surrogate.
+    """
+    return _each(values, _searched_text, field)
+
+
+def _searched_text(value: str, *, field: str) -> str:
+    if not isinstance(value, str):
+        raise InvalidInputError(field, value, "text")
+    return _storable(value, field)
+
+
+T = TypeVar("T")
+
+
+def _each(values: Iterable[str] | str | None, check: Callable[..., T], field: str) -> list[T] | None:
+    """Return what *check* makes of each of *values*; one by itself is a collection of one."""
+    if values is None:
+        return None
+    if isinstance(values, str):
+        return [check(values, field=field)]
+    if not isinstance(values, Iterable):
+        raise InvalidInputError(field, values, "one, a collection of them, or None for any")
+    found = [check(value, field=f"{field}[{index}]") for index, value in enumerate(values)]
+    if not found:
+        raise InvalidInputError(field, values, "at least one, or None for any")
+    return found
 
 
 def _storable(value: str, field: str) -> str:

@@ -1,21 +1,23 @@
 """Agent lifecycle events: an append-only log."""
 
+import json
+import time
 from collections.abc import Iterable, Iterator
 from datetime import datetime
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
-from sqlalchemy import bindparam, func, or_, select, type_coerce
+from sqlalchemy import JSON, Dialect, Executable, Text, bindparam, cast, false, func, or_, select, text, type_coerce
 from sqlmodel import col
 
 from moai_flow.memory import inputs
 from moai_flow.memory.enums import EventType, EventTypeLike
-from moai_flow.memory.errors import InvalidInputError
+from moai_flow.memory.errors import CorruptDataError, InvalidInputError, StorageError, TransactionError
 from moai_flow.memory.inputs import EventData
 from moai_flow.memory.models import AgentEvent, EventCursor, new_id, table_of, unsearched
 from moai_flow.memory.scope import Scope
 from moai_flow.memory.statements import Insert, Query, Statement
-from moai_flow.memory.types import AsStored
+from moai_flow.memory.types import AsStored, is_postgresql
 
 _EVENTS = table_of(AgentEvent)
 _ID, _TIME = (list(_EVENTS.columns.keys()).index(name) for name in ("id", "timestamp"))
@@ -73,6 +75,86 @@ def _page(names: frozenset[str]) -> Query[AgentEvent]:
             or_(stored > bindparam("after_time"), _EVENTS.c.id > bindparam("after_id")),
         )
     return Query(AgentEvent, page.order_by(*OLDEST_FIRST).limit(bindparam("limit")))
+
+
+# Watching
+
+#: How long a watcher may sleep between two polls, in seconds, and for how long it first waits for a writer.
+_LONGEST_POLL = 3600
+_FIRST_LOOK = 0.005
+
+
+def _among(column: Any, name: str, dialect: Dialect) -> Any:
+    """Return the condition that *column* holds one of the texts of a JSON array: one statement, however many.
+
+    Inside a function it is no condition to search by, nor to join by: the log is read from the cursor on.
+    """
+    given = bindparam(name, type_=Text)
+    rows = func.json_array_elements_text(cast(given, JSON)) if is_postgresql(dialect) else func.json_each(given)
+    return func.coalesce(column.in_(select(rows.table_valued("value").c.value)), false())
+
+
+@cache
+def _after(names: frozenset[str]) -> Query[AgentEvent]:
+    def clause(dialect: Dialect) -> Executable:
+        number, agent_id = _EVENTS.c.id, _EVENTS.c.agent_id
+        page = select(_EVENTS).where(number > bindparam("position"), number <= bindparam("until"))
+        if "types" in names:
+            page = page.where(_among(_EVENTS.c.event_type, "types", dialect))
+        if "agent_ids" in names:
+            page = page.where(_among(agent_id, "agent_ids", dialect))
+        if "exclude_agent" in names:
+            page = page.where(agent_id != bindparam("exclude_agent"))
+        return page.order_by(number).limit(bindparam("limit"))
+
+    return Query(AgentEvent, clause)
+
+
+# An INSERT takes this lock before it draws a number, and keeps it to the end of its transaction, or of the savepoint
+# that undoes it. One that holds a stronger lock takes it as well. Prepared transactions have no process.
+_WRITERS = Statement(
+    text("""
+    SELECT pg_is_in_recovery(), ARRAY(
+        SELECT DISTINCT virtualtransaction FROM pg_locks
+        WHERE locktype = 'relation' AND relation = to_regclass('agent_events') AND mode = 'RowExclusiveLock' AND granted
+        AND database = (SELECT oid FROM pg_database WHERE datname = current_database())
+    )
+    """)
+)
+#: How the name of a prepared transaction begins there, after a restart.
+_PREPARED = "-1/"
+
+
+class _Watch(NamedTuple):
+    """What a watcher looks for.
+
+    Attributes:
+        query: What reads a page of it.
+        filters: The values of that query's filters.
+        poll: How long to wait where there is nothing new, in seconds.
+    """
+
+    query: Query[AgentEvent]
+    filters: dict[str, Any]
+    poll: float
+
+
+class _Place(NamedTuple):
+    """How far a watcher has come.
+
+    Attributes:
+        position: The id up to which it has read.
+        settled: The id up to which no more events can appear.
+        awaited: The id that is settled next, when *writers* have ended.
+        writers: The transactions that may still bring events up to there.
+        pause: How long to wait before the next poll, in seconds.
+    """
+
+    position: int
+    settled: int
+    awaited: int = 0
+    writers: frozenset[str] = frozenset()
+    pause: float = 0
 
 
 class EventOperations(Scope):
@@ -200,8 +282,143 @@ class EventOperations(Scope):
         """
         filters = _filters(agent_id, event_type, since, until)
         filters["limit"] = inputs.whole(batch_size, field="batch_size", least=1)
+        return self._pages({**filters, "last_id": self._last_id()})
+
+    def watch_events(
+        self,
+        after: int | AgentEvent | None = None,
+        *,
+        types: Iterable[EventTypeLike] | EventTypeLike | None = None,
+        agent_ids: Iterable[str] | str | None = None,
+        exclude_agent: str | None = None,
+        poll: float = 0.5,
+    ) -> Iterator[AgentEvent]:
+        """Iterate over new events as they are committed, by any thread or process, in the order of their ids.
+
+        None is missed, and none comes twice. The id of the last event is the cursor: kept anywhere, and given as
+        *after*, it lets another watcher go on where this one was. The iteration never ends by itself. Between two
+        polls it sleeps, and holds neither a connection nor a transaction.
+
+        An event comes at the first poll after its commit; on PostgreSQL, once every transaction has ended that was
+        writing events when it was committed. One that is deleted before it is read does not come.
+
+        Args:
+            after: Begin after the event with this id; 0 is the beginning of the log. An event that a watcher of this
+                database gave does as well. Default: begin with what is inserted after this call.
+            types: Only events of this type, or of one of these. An empty collection is refused.
+            agent_ids: Only events of this agent, or of one of these. An empty collection is refused.
+            exclude_agent: No events of this agent, such as the one that watches.
+            poll: How long to sleep when there is nothing new, in seconds, up to an hour.
+
+        Returns:
+            An iterator over the events. One that has raised an error is over: go on with another.
+
+        Raises:
+            InvalidInputError: If a parameter can't be accepted.
+            TransactionError: At the call or while iterating, inside a transaction of this thread and task, which
+                would show what may be rolled back, or hide what is new; or while this thread's `_get_connection` has
+                one open.
+            CorruptDataError: While iterating, if a stored value can't be decoded, after all events before that one;
+                ``error.row["id"]`` is the cursor to go on after it.
+            BusyError: While iterating, if others keep a database in memory, or all connections of the pool, for longer
+                than the busy timeout, or another asyncio task of this thread has a transaction open.
+            StorageError: If the database can't be read, or is a standby, which does not know who is writing.
+            ClosedError: After `close`, at the next poll.
+        """
+        filters = {
+            "types": _as_array(inputs.recognise_filters(EventType, types, field="types")),
+            "agent_ids": _as_array(inputs.text_filters(agent_ids, field="agent_ids")),
+            "exclude_agent": inputs.text_filter(exclude_agent, field="exclude_agent"),
+        }
+        given = {name: value for name, value in filters.items() if value is not None}
+        poll = inputs.number(poll, field="poll")
+        if not 0 < poll <= _LONGEST_POLL:
+            raise InvalidInputError("poll", poll, f"seconds, more than 0 and up to {_LONGEST_POLL}")
+        position = None if after is None else _id_of(after)
+        self._connections.check_open()
+        self._refuse_to_watch()
+        if self._location.is_on_server:
+            self._writers()  # Where they can't be known, that is said at once.
+        if position is None:
+            position = self._last_id()
+        return self._watching(_Watch(_after(frozenset(given)), given, poll), _Place(position, position))
+
+    def _watching(self, watch: _Watch, place: _Place) -> Iterator[AgentEvent]:
+        while True:
+            events, place = self._poll(watch, place)
+            for event in events:
+                yield event
+                self._refuse_to_watch()
+            if place.pause:
+                time.sleep(place.pause)
+
+    def _poll(self, watch: _Watch, place: _Place) -> tuple[list[AgentEvent], _Place]:
+        """Return the next events after *place*, at most a page of them, and the place after these."""
+        self._refuse_to_watch()
+        if place.position == place.settled:
+            place = self._advance(watch, place)
+            if place.pause:
+                return [], place
+        until = place.settled
+        values = {**watch.filters, "position": place.position, "limit": _DECODED_AT_ONCE}
+        try:
+            events = self._rows(watch.query, {**values, "until": until})
+        except CorruptDataError as error:
+            until = error.row["id"] - 1  # What comes before it comes first; the next poll meets it again.
+            events = self._rows(watch.query, {**values, "until": until})
+            if not events:
+                raise
+        last = events[-1].id if len(events) == _DECODED_AT_ONCE else until
+        assert last is not None
+        return events, place._replace(position=last)
+
+    def _advance(self, watch: _Watch, place: _Place) -> _Place:
+        """Return *place* with a later id settled, or with a pause if there is none yet.
+
+        SQLite has one writer at a time, and gives ids in the order of commits. On PostgreSQL a transaction may commit
+        an id that is lower than one that is visible already. But if id H is visible, every lower one has been drawn, by
+        a transaction that had its lock by then. So, of all that may bring an id up to H, each is among those that hold
+        the lock now, or has ended; what that one committed is visible to the statements that follow, since locks are
+        released later. Once those that hold it now have ended, H is settled: whoever takes it later draws higher ids.
+        """
+        if place.writers:
+            # One that was prepared for a two-phase commit has another name once the server has been restarted.
+            writers = frozenset(name for name in self._writers() if name in place.writers or name.startswith(_PREPARED))
+            if writers:
+                return place._replace(writers=writers, pause=min(place.pause * 2, watch.poll))
+            return place._replace(settled=place.awaited, writers=writers, pause=0)
+        last = self._last_id()
+        if last <= place.position:
+            return place._replace(pause=watch.poll)
+        if self._location.is_on_server and (writers := self._writers()):
+            return place._replace(awaited=last, writers=writers, pause=min(_FIRST_LOOK, watch.poll))
+        return place._replace(settled=last, pause=0)
+
+    def _writers(self) -> frozenset[str]:
+        """Return the transactions on the server that have written events, or are about to."""
+        ((is_standby, writers),) = self._tuples(_WRITERS, {})
+        if is_standby:
+            raise StorageError(
+                f"{self._location}: events can't be watched on a standby, which does not know who is writing on the "
+                "primary: watch them there"
+            )
+        return frozenset(writers)
+
+    def _refuse_to_watch(self) -> None:
+        """Raise where watching would read inside a transaction, or wait for what this very thread has to end."""
+        local = self._connections.local
+        if not (local.blocks or local.pinned):
+            return
+        if self._own_block() is not None:
+            raise TransactionError(
+                "events can't be watched inside a transaction, which would show what may be rolled back, or hide what "
+                "is new: call watch_events(), and take its events, outside of it"
+            )
+        self._refuse_to_wait()
+
+    def _last_id(self) -> int:
         ((last_id,),) = self._tuples(_LAST_ID, {})
-        return self._pages({**filters, "last_id": last_id or 0})
+        return last_id or 0
 
     def _pages(self, values: dict[str, Any]) -> Iterator[AgentEvent]:
         while rows := self._tuples(query := _page(frozenset(values)), values):
@@ -267,3 +484,14 @@ def _position(before: AgentEvent | EventCursor) -> tuple[datetime, int]:
     except (TypeError, ValueError):
         raise InvalidInputError("before", before, "an event that was read from this database, or its cursor") from None
     return inputs.moment(cursor.timestamp, field="before"), inputs.whole(cursor.id, field="before")
+
+
+def _id_of(event: int | AgentEvent) -> int:
+    number = event.id if isinstance(event, AgentEvent) else event
+    if number is None:
+        raise InvalidInputError("after", event, "an event that was read from this database, or its id")
+    return inputs.whole(number, field="after")
+
+
+def _as_array(words: Iterable[str] | None) -> str | None:
+    return None if words is None else json.dumps(list(dict.fromkeys(words)))
