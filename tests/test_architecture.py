@@ -16,13 +16,20 @@ PREFIX = "moai_flow.memory."
 LAYERS = [
     ["enums", "errors"],
     ["types"],
-    ["inputs", "models"],
+    ["aggregates", "inputs", "models"],
     ["backends", "engine"],
     ["statements"],
     ["connections"],
     ["migrations"],
     ["scope"],
-    ["operations.agents", "operations.events", "operations.maintenance", "operations.memory", "operations.metrics"],
+    [
+        "operations.agents",
+        "operations.events",
+        "operations.maintenance",
+        "operations.memory",
+        "operations.metrics",
+        "operations.summaries",
+    ],
     ["db"],
     ["transfer"],
 ]

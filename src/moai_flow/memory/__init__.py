@@ -48,6 +48,16 @@ from moai_flow.memory.models import (
     TaskMetric,
 )
 from moai_flow.memory.operations.maintenance import CheckReport, ForeignTime, UnlistedValue
+from moai_flow.memory.operations.summaries import (
+    AgentOrder,
+    AgentSummary,
+    Aggregate,
+    FigureSummary,
+    MetricBucket,
+    SeriesMetric,
+    SwarmSummary,
+    TaskSummary,
+)
 from moai_flow.memory.scope import RawConnection, RawCursor
 
 __all__ = [
@@ -56,8 +66,11 @@ __all__ = [
     "AgentMetricType",
     "AgentMetricTypeLike",
     "AgentNotFoundError",
+    "AgentOrder",
     "AgentStatus",
     "AgentStatusLike",
+    "AgentSummary",
+    "Aggregate",
     "BusyError",
     "CheckReport",
     "ClosedError",
@@ -68,15 +81,18 @@ __all__ = [
     "EventData",
     "EventType",
     "EventTypeLike",
+    "FigureSummary",
     "ForeignTime",
     "InvalidInputError",
     "MemoryType",
     "MemoryTypeLike",
+    "MetricBucket",
     "RawConnection",
     "RawCursor",
     "RegisteredAgent",
     "SchemaError",
     "SchemaInfo",
+    "SeriesMetric",
     "SessionMemory",
     "StorageError",
     "SwarmDB",
@@ -84,9 +100,11 @@ __all__ = [
     "SwarmMetric",
     "SwarmMetricType",
     "SwarmMetricTypeLike",
+    "SwarmSummary",
     "TaskMetric",
     "TaskResult",
     "TaskResultLike",
+    "TaskSummary",
     "TransactionError",
     "UnlistedValue",
 ]

@@ -20,6 +20,7 @@ from moai_flow.memory.operations.events import EventOperations
 from moai_flow.memory.operations.maintenance import MaintenanceOperations
 from moai_flow.memory.operations.memory import MemoryOperations
 from moai_flow.memory.operations.metrics import MetricOperations
+from moai_flow.memory.operations.summaries import SummaryOperations
 from moai_flow.memory.scope import RawConnection, translating
 from moai_flow.memory.statements import Programs
 from moai_flow.memory.types import utc_now
@@ -32,7 +33,9 @@ _LONGEST_TIMEOUT = 2_147_483
 _LARGEST_CACHE = 2_097_151
 
 
-class SwarmDB(EventOperations, AgentOperations, MemoryOperations, MetricOperations, MaintenanceOperations):
+class SwarmDB(
+    EventOperations, AgentOperations, MemoryOperations, MetricOperations, SummaryOperations, MaintenanceOperations
+):
     """Everything a swarm remembers, behind one object.
 
     One object serves all threads of a process. After a fork the child uses it on, with connections of its own; of a
