@@ -1,7 +1,7 @@
 """How many statements each operation sends: a slower one would send more, and this is no clock."""
 
 from collections.abc import Callable, Iterator
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -29,6 +29,8 @@ def store(path: Path, sent: Statements, clock: Clock) -> Iterator[SwarmDB]:
         yield db
 
 
+DAY = timedelta(days=1)
+PAST, NEXT = datetime(2025, 1, 1, tzinfo=UTC), datetime(2025, 1, 2, tzinfo=UTC)
 PLACE = EventCursor(datetime(2026, 1, 1, tzinfo=UTC), 5)
 
 #: One statement, with no BEGIN or COMMIT around it: the driver commits it by itself.
@@ -53,6 +55,12 @@ SINGLE: dict[str, Callable[[SwarmDB], object]] = {
     "get_task_metrics": lambda db: db.get_task_metrics(agent_id="a"),
     "get_agent_metrics": lambda db: db.get_agent_metrics("a"),
     "get_swarm_metrics": lambda db: db.get_swarm_metrics("s"),
+    "summarize_tasks": lambda db: db.summarize_tasks("a"),
+    "summarize_agents": lambda db: db.summarize_agents(),
+    "summarize_swarm": lambda db: db.summarize_swarm("s"),
+    "metric_series between bounds": lambda db: db.metric_series(
+        "duration_ms", bucket=DAY, since=PAST, until=PAST + DAY
+    ),
     "cleanup_old_events": lambda db: db.cleanup_old_events(),
     "schema_version": lambda db: db.schema_version,
 }
@@ -108,6 +116,13 @@ def test_deleting_a_memory_is_a_read_and_a_write_in_one_transaction(store: Swarm
 def test_a_task_metric_of_a_taken_microsecond_takes_one_statement_more(store: SwarmDB, sent: Statements) -> None:
     sent.clear()
     store.store_task_metric("task", "a", 1, "success")
+
+    assert len(sent) == 2
+
+
+def test_a_series_without_both_bounds_takes_one_statement_more(store: SwarmDB, sent: Statements) -> None:
+    sent.clear()
+    store.metric_series("duration_ms", bucket=DAY)
 
     assert len(sent) == 2
 

@@ -207,9 +207,10 @@ def epoch_seconds(moment: Column[datetime], dialect: Dialect) -> ColumnElement[i
         seconds = cast(func.floor(extract("epoch", moment)), BigInteger)
         holds = moment.between(datetime.min.replace(tzinfo=UTC), datetime.max.replace(tzinfo=UTC))  # As no infinity.
         return case((holds, seconds))
-    # Without the fraction, which newer versions round. Of what is no date, SQLite reads some as another one.
-    text = func.substr(moment, whole_number(1), whole_number(19), type_=String)
-    is_date = func.date(text, type_=String) == func.substr(moment, whole_number(1), whole_number(10), type_=String)
+    # Without the fraction, which newer versions round.
+    text, day = (func.substr(moment, whole_number(1), whole_number(size), type_=String) for size in (19, 10))
+    # SQLite reads some texts as another time, and only shows it once there is something to add.
+    is_date = func.date(text, literal_column("'+0 days'"), type_=String) == day
     return case((is_date, cast(func.strftime(literal_column("'%s'"), text), BigInteger)))
 
 

@@ -19,6 +19,7 @@ from sqlalchemy import (
     Select,
     bindparam,
     case,
+    cast,
     func,
     literal_column,
     null,
@@ -185,6 +186,7 @@ class SwarmSummary:
 
 _TASKS = table_of(TaskMetric)
 _SUMMED = (_TASKS.c.duration_ms, _TASKS.c.tokens_used, _TASKS.c.files_changed)
+_SUCCEEDED = _TASKS.c.result == literal_column("'success'")
 _RANK_COLUMNS = 4
 
 
@@ -205,8 +207,10 @@ def _with_ranks(totals: Select[Any], rows: Select[Any], keys: Sequence[str], per
 @cache
 def _tasks(names: frozenset[str], *, by_agent: bool) -> Statement:
     """Return totals for each result: agent if asked for, result, count, measured, misplaced, longest, and parts."""
-    # In the order of an index by agent, nearly every row would be on another page.
+    # SQLite would read all rows in the order of an index by agent or by result, and with it nearly each from another
+    # page, rather than only those that the window is about.
     keys = [unsearched(_TASKS.c.agent_id).label("agent_id")] if by_agent else []
+    result = unsearched(_TASKS.c.result)
     duration = _TASKS.c.duration_ms
 
     def clause(dialect: Dialect) -> Executable:
@@ -214,9 +218,9 @@ def _tasks(names: frozenset[str], *, by_agent: bool) -> Statement:
         misplaced = how_many(is_misplaced(_read_of_tasks(by_agent=by_agent), dialect))
         parts = chain.from_iterable(map(whole_parts, _SUMMED))
         totals = (
-            select(*keys, _TASKS.c.result, func.count(), func.count(duration), misplaced, func.max(duration), *parts)
+            select(*keys, result, func.count(), func.count(duration), misplaced, func.max(duration), *parts)
             .where(*conditions)
-            .group_by(*keys, _TASKS.c.result)
+            .group_by(*keys, result)
         )
         measured = select(*keys, duration.label("value")).where(duration.is_not(None), *conditions)
         return _with_ranks(totals, measured, [key.name for key in keys], _PERCENTS)
@@ -267,8 +271,9 @@ class _Figure:
         return "swarm_id" if self.model is SwarmMetric else "agent_id"
 
     def is_misplaced(self, dialect: Dialect) -> ColumnElement[bool]:
-        """Return whether a row's figure can't be counted, or its time be read."""
-        return or_(is_misplaced([self.column], dialect), epoch_seconds(self.columns.timestamp, dialect).is_(None))
+        """Return whether a row's figure can't be counted, or its type or time be read."""
+        read = [self.column] if self.model is TaskMetric else [self.column, self.columns.metric_type]
+        return or_(is_misplaced(read, dialect), epoch_seconds(self.columns.timestamp, dialect).is_(None))
 
     def totals(self, rows: FromClause) -> list[ColumnElement[Any]]:
         """Return what `_Values` takes of each group of *rows*, which have one scale."""
@@ -291,8 +296,9 @@ _FIGURES = {
     "duration_ms": _of_tasks(_TASKS.c.duration_ms, _TASKS.c.duration_ms),
     "tokens_used": _of_tasks(_TASKS.c.tokens_used, func.coalesce(_TASKS.c.tokens_used, whole_number(0))),
     "files_changed": _of_tasks(_TASKS.c.files_changed, func.coalesce(_TASKS.c.files_changed, whole_number(0))),
+    # Without the cast it is of 32 bits on PostgreSQL, where a shift by as many does nothing.
     "success_rate": _of_tasks(
-        _TASKS.c.result, case((_TASKS.c.result == literal_column("'success'"), whole_number(1)), else_=whole_number(0))
+        _TASKS.c.result, cast(case((_SUCCEEDED, whole_number(1)), else_=whole_number(0)), BigInteger)
     ),
     "agent_metrics": _Figure(AgentMetric, table_of(AgentMetric).c.value, table_of(AgentMetric).c.value),
     "swarm_metrics": _Figure(SwarmMetric, table_of(SwarmMetric).c.value, table_of(SwarmMetric).c.value),
@@ -309,8 +315,7 @@ def _series(figure: str, names: frozenset[str], percent: int | None) -> Statemen
         start = bucket_start(seconds, bindparam("bucket", type_=BigInteger)).label("start")
         has_figure = [of.value.is_not(None), *_matching(of.columns, names)]
         rows = select(start, *of.counted(dialect)).where(*has_figure).subquery()
-        by = [rows.c.start] if of.is_whole else [rows.c.start, rows.c.scale]
-        totals = select(rows.c.start, *of.totals(rows)).group_by(*by)
+        totals = select(rows.c.start, *of.totals(rows)).group_by(rows.c.start, rows.c.scale)
         if percent is None:
             return totals.add_columns(*[null()] * _RANK_COLUMNS)
         return _with_ranks(totals, select(start, of.value.label("value")).where(*has_figure), ["start"], [percent])
@@ -414,7 +419,7 @@ class _Values:
         try:
             return float(self.total)
         except OverflowError:
-            return math.copysign(math.inf, self.total)
+            return math.inf if self.total > 0 else -math.inf
 
     def aggregate(self, agg: Aggregate) -> float:
         """Return what *agg* makes of the values, of which there is at least one."""
@@ -760,7 +765,7 @@ def _starts(seconds: Iterable[int], size: int, bucket: timedelta) -> range:
     starts = starts_between(min(seconds), max(seconds), size)
     if len(starts) > _MOST_BUCKETS:
         raise InvalidInputError(
-            "bucket", bucket, f"a length that makes at most {_MOST_BUCKETS} buckets, not {len(starts)}"
+            "bucket", bucket, f"a length that makes at most {_MOST_BUCKETS:,} buckets, not {len(starts):,}"
         )
     if starts.start < seconds_since_epoch(_FIRST_MOMENT):
         raise InvalidInputError("bucket", bucket, "a length of which no bucket begins before the year 1")
