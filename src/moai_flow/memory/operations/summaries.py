@@ -186,7 +186,10 @@ class SwarmSummary:
 
 _TASKS = table_of(TaskMetric)
 _SUMMED = (_TASKS.c.duration_ms, _TASKS.c.tokens_used, _TASKS.c.files_changed)
-_SUCCEEDED = _TASKS.c.result == literal_column("'success'")
+# Without the cast it is of 32 bits on PostgreSQL, where a shift by as many does nothing.
+_HAS_SUCCEEDED = cast(
+    case((_TASKS.c.result == literal_column("'success'"), whole_number(1)), else_=whole_number(0)), BigInteger
+)
 _RANK_COLUMNS = 4
 
 
@@ -296,10 +299,7 @@ _FIGURES = {
     "duration_ms": _of_tasks(_TASKS.c.duration_ms, _TASKS.c.duration_ms),
     "tokens_used": _of_tasks(_TASKS.c.tokens_used, func.coalesce(_TASKS.c.tokens_used, whole_number(0))),
     "files_changed": _of_tasks(_TASKS.c.files_changed, func.coalesce(_TASKS.c.files_changed, whole_number(0))),
-    # Without the cast it is of 32 bits on PostgreSQL, where a shift by as many does nothing.
-    "success_rate": _of_tasks(
-        _TASKS.c.result, cast(case((_SUCCEEDED, whole_number(1)), else_=whole_number(0)), BigInteger)
-    ),
+    "success_rate": _of_tasks(_TASKS.c.result, _HAS_SUCCEEDED),
     "agent_metrics": _Figure(AgentMetric, table_of(AgentMetric).c.value, table_of(AgentMetric).c.value),
     "swarm_metrics": _Figure(SwarmMetric, table_of(SwarmMetric).c.value, table_of(SwarmMetric).c.value),
 }
