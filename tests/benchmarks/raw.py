@@ -54,7 +54,8 @@ INSERT_SWARM_METRIC = (
 )
 TASK_TOTALS = (
     "result, count(*) AS count, count(duration_ms) AS measured, sum(duration_ms) AS total, "
-    "max(duration_ms) AS longest, sum(tokens_used) AS tokens_used, sum(files_changed) AS files_changed FROM task_metrics"
+    "max(duration_ms) AS longest, sum(tokens_used) AS tokens_used, sum(files_changed) AS files_changed "
+    "FROM task_metrics"
 )
 #: The ranks, from 0, of the values next to the percentiles of *size* values.
 RANKS = ", ".join(f"(size - 1) * {percent} / 100, ((size - 1) * {percent} + 99) / 100" for percent in (50, 95, 99))
