@@ -36,6 +36,7 @@ from moai_flow.memory.types import Real, Whole, is_postgresql
 
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _SECOND = timedelta(seconds=1)
+_YEARS_BEFORE_1970 = 1970 * 366 * 86_400
 
 
 def whole_number(number: int) -> ColumnElement[int]:
@@ -214,9 +215,16 @@ def epoch_seconds(moment: Column[datetime], dialect: Dialect) -> ColumnElement[i
     return case((is_date, cast(func.strftime(literal_column("'%s'"), text), BigInteger)))
 
 
-def bucket_start(seconds: ColumnElement[int], size: ColumnElement[int]) -> ColumnElement[int]:
+def bucket_start(
+    seconds: ColumnElement[int], size: ColumnElement[int], shift: ColumnElement[int]
+) -> ColumnElement[int]:
     """Return where the bucket of *size* seconds begins that *seconds* since the epoch fall into, before it as well."""
-    return seconds - (seconds % size + size) % size
+    return (seconds + shift) // size * size - shift
+
+
+def shift_for(size: int) -> int:
+    """Return how far times are moved for `bucket_start`, so that all are positive: SQL divides towards zero."""
+    return -(-_YEARS_BEFORE_1970 // size) * size
 
 
 def seconds_since_epoch(moment: datetime) -> int:

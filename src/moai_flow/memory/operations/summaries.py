@@ -41,6 +41,7 @@ from moai_flow.memory.aggregates import (
     ranked,
     scale_of,
     seconds_since_epoch,
+    shift_for,
     starts_between,
     whole_number,
     whole_parts,
@@ -213,7 +214,7 @@ def _tasks(names: frozenset[str], *, by_agent: bool) -> Statement:
     # SQLite would read all rows in the order of an index by agent or by result, and with it nearly each from another
     # page, rather than only those that the window is about.
     keys = [unsearched(_TASKS.c.agent_id).label("agent_id")] if by_agent else []
-    result = unsearched(_TASKS.c.result)
+    result = unsearched(_TASKS.c.result) if names or by_agent else _TASKS.c.result
     duration = _TASKS.c.duration_ms
 
     def clause(dialect: Dialect) -> Executable:
@@ -274,21 +275,25 @@ class _Figure:
         return "swarm_id" if self.model is SwarmMetric else "agent_id"
 
     def is_misplaced(self, dialect: Dialect) -> ColumnElement[bool]:
-        """Return whether a row's figure can't be counted, or its type or time be read."""
+        """Return whether a row's figure can't be counted, or its type be read."""
         read = [self.column] if self.model is TaskMetric else [self.column, self.columns.metric_type]
-        return or_(is_misplaced(read, dialect), epoch_seconds(self.columns.timestamp, dialect).is_(None))
+        return is_misplaced(read, dialect)
 
-    def totals(self, rows: FromClause) -> list[ColumnElement[Any]]:
+    def is_untimed(self, dialect: Dialect) -> ColumnElement[bool]:
+        """Return whether a row's time can't be read."""
+        return epoch_seconds(self.columns.timestamp, dialect).is_(None)
+
+    def counted(self, misplaced: ColumnElement[bool]) -> list[ColumnElement[Any]]:
+        """Return of a row what `totals` takes."""
+        scale = null() if self.is_whole else scale_of(self.value)
+        flag = case((misplaced, whole_number(1)), else_=whole_number(0))
+        return [scale.label("scale"), flag.label("misplaced"), self.value.label("value")]
+
+    def totals(self, rows: FromClause, misplaced: ColumnElement[int]) -> list[ColumnElement[Any]]:
         """Return what `_Values` takes of each group of *rows*, which have one scale."""
         value, scale = rows.c.value, rows.c.scale
         parts = whole_parts(value) if self.is_whole else float_parts(value, scale)
-        return [scale, func.count(), func.sum(rows.c.misplaced), func.min(value), func.max(value), *parts]
-
-    def counted(self, dialect: Dialect) -> list[ColumnElement[Any]]:
-        """Return of a row what `totals` takes."""
-        scale = null() if self.is_whole else scale_of(self.value)
-        misplaced = case((self.is_misplaced(dialect), whole_number(1)), else_=whole_number(0))
-        return [scale.label("scale"), misplaced.label("misplaced"), self.value.label("value")]
+        return [scale, func.count(), misplaced, func.min(value), func.max(value), *parts]
 
 
 def _of_tasks(column: Column[Any], value: ColumnElement[Any]) -> _Figure:
@@ -311,11 +316,14 @@ def _series(figure: str, names: frozenset[str], percent: int | None) -> Statemen
     of = _FIGURES[figure]
 
     def clause(dialect: Dialect) -> Executable:
+        # Times are what costs most: that one can't be read shows in the bucket that it makes.
         seconds = epoch_seconds(of.columns.timestamp, dialect)
-        start = bucket_start(seconds, bindparam("bucket", type_=BigInteger)).label("start")
+        start = bucket_start(seconds, bindparam("bucket", type_=BigInteger), bindparam("shift", type_=BigInteger))
+        start = start.label("start")
         has_figure = [of.value.is_not(None), *_matching(of.columns, names)]
-        rows = select(start, *of.counted(dialect)).where(*has_figure).subquery()
-        totals = select(rows.c.start, *of.totals(rows)).group_by(rows.c.start, rows.c.scale)
+        rows = select(start, *of.counted(of.is_misplaced(dialect))).where(*has_figure).subquery()
+        misplaced = case((rows.c.start.is_(None), func.count()), else_=func.sum(rows.c.misplaced))
+        totals = select(rows.c.start, *of.totals(rows, misplaced)).group_by(rows.c.start, rows.c.scale)
         if percent is None:
             return totals.add_columns(*[null()] * _RANK_COLUMNS)
         return _with_ranks(totals, select(start, of.value.label("value")).where(*has_figure), ["start"], [percent])
@@ -344,7 +352,8 @@ def _misplaced_figures(figure: str, names: frozenset[str]) -> Query[Any]:
 
     def clause(dialect: Dialect) -> Executable:
         has_figure = [of.value.is_not(None), *_matching(of.columns, names)]
-        return select(table_of(of.model)).where(of.is_misplaced(dialect), *has_figure).limit(1)
+        found = or_(of.is_misplaced(dialect), of.is_untimed(dialect))
+        return select(table_of(of.model)).where(found, *has_figure).limit(1)
 
     return Query(of.model, clause)
 
@@ -357,7 +366,8 @@ def _swarm(names: frozenset[str]) -> Statement:
 
     def clause(dialect: Dialect) -> Executable:
         kind, conditions = of.columns.metric_type, _matching(of.columns, names)
-        rows = select(kind, *of.counted(dialect)).where(*conditions).subquery()
+        misplaced = or_(of.is_misplaced(dialect), of.is_untimed(dialect))
+        rows = select(kind, *of.counted(misplaced)).where(*conditions).subquery()
         readable = case((epoch_seconds(newest.c.timestamp, dialect).is_not(None), newest.c.timestamp))
         latest = [
             select(column)
@@ -367,7 +377,8 @@ def _swarm(names: frozenset[str]) -> Statement:
             .scalar_subquery()
             for column in (newest.c.value, readable)
         ]
-        totals = select(rows.c.metric_type, *latest, *of.totals(rows)).group_by(rows.c.metric_type, rows.c.scale)
+        sums = of.totals(rows, func.sum(rows.c.misplaced))
+        totals = select(rows.c.metric_type, *latest, *sums).group_by(rows.c.metric_type, rows.c.scale)
         values = select(kind, of.value.label("value")).where(*conditions)
         return _with_ranks(totals, values, ["metric_type"], _PERCENTS)
 
@@ -612,7 +623,9 @@ class SummaryOperations(Scope):
         if reach:
             _starts(reach, size, bucket)
         statement = _series(figure, names, _PERCENT_OF.get(agg))
-        groups = _grouped(self._figure_rows(figure, statement, {**values, "bucket": size}, at=3))
+        groups = _grouped(
+            self._figure_rows(figure, statement, {**values, "bucket": size, "shift": shift_for(size)}, at=3)
+        )
         if not groups and len(edges) < 2:
             return []  # They were removed meanwhile.
         found = []
@@ -663,7 +676,7 @@ class SummaryOperations(Scope):
         return self._sound_rows(_tasks(names, by_agent=by_agent), values, misplaced, at=4 if by_agent else 3)
 
     def _figure_rows(self, figure: str, statement: Statement, values: Mapping[str, Any], *, at: int) -> list[Row]:
-        names = frozenset(values) - {"bucket"}
+        names = frozenset(values) - {"bucket", "shift"}
         return self._sound_rows(statement, values, _misplaced_figures(figure, names), at=at)
 
     def _sound_rows(
