@@ -8,7 +8,7 @@ import pytest
 
 from conftest import Clock
 from driver import Statements, counting
-from moai_flow.memory import EventCursor, EventData, SwarmDB
+from moai_flow.memory import EventCursor, EventData, InvalidInputError, SwarmDB
 
 EVENT: EventData = {"event_type": "spawn", "agent_id": "a", "agent_type": "t"}
 
@@ -125,6 +125,15 @@ def test_a_series_without_both_bounds_takes_one_statement_more(store: SwarmDB, s
     store.metric_series("duration_ms", bucket=DAY)
 
     assert len(sent) == 2
+
+
+def test_too_many_buckets_are_refused_before_they_are_added_up(store: SwarmDB, sent: Statements) -> None:
+    store.store_task_metric("task", "a", 1, "success", timestamp=PAST)
+    for bounds, statements in (({"since": PAST}, 1), ({"since": PAST, "until": PAST + 999 * DAY}, 0)):
+        sent.clear()
+        with pytest.raises(InvalidInputError, match="buckets"):
+            store.metric_series("duration_ms", bucket=timedelta(seconds=1), **bounds)  # type: ignore[arg-type]
+        assert len(sent) == statements
 
 
 @pytest.mark.parametrize(("batch_size", "statements"), [(1000, 2), (25, 3), (10, 4)])

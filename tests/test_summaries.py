@@ -165,7 +165,9 @@ NAMES = st.sampled_from(["a", "B", "ä"])
 
 @st.composite
 def tasks(draw: st.DrawFn) -> list[TaskMetric]:
-    row = st.tuples(NAMES, st.none() | COUNTS, st.sampled_from([*TaskResult, LOST]), COUNTS, COUNTS, MOMENTS)
+    row = st.tuples(
+        NAMES, st.none() | st.integers(0, 2) | COUNTS, st.sampled_from([*TaskResult, LOST]), COUNTS, COUNTS, MOMENTS
+    )
     return [
         TaskMetric(
             task_id=f"t{number}",
@@ -330,6 +332,14 @@ def test_percentiles_are_linear_between_the_values_next_to_them(db: SwarmDB) -> 
 
     summary = db.summarize_tasks()
     assert (summary.p50_ms, summary.p95_ms, summary.p99_ms) == (25.0, 38.5, 39.7)
+
+
+def test_equal_values_around_a_percentile_are_ranked_one_by_one(db: SwarmDB) -> None:
+    for number, duration in enumerate([10, 5, 5, 1, 5, 5, 9, 5]):
+        db.store_task_metric(f"t{number}", "a", duration, "success")
+
+    for summary in (db.summarize_tasks(), db.summarize_tasks("a"), *db.summarize_agents()):
+        assert (summary.p50_ms, summary.p95_ms, summary.p99_ms) == (5.0, 9.65, 9.93)
 
 
 def test_the_numbers_have_the_types_that_they_are_declared_with(db: SwarmDB) -> None:
