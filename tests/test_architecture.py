@@ -16,7 +16,7 @@ PREFIX = "moai_flow.memory."
 LAYERS = [
     ["enums", "errors"],
     ["types"],
-    ["inputs", "models"],
+    ["aggregates", "inputs", "models"],
     ["backends", "engine"],
     ["statements"],
     ["connections"],
@@ -29,6 +29,7 @@ LAYERS = [
         "operations.memory",
         "operations.metrics",
         "operations.retention",
+        "operations.summaries",
     ],
     ["tracking"],
     ["db"],

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from moai_flow.memory import AgentMetric, SwarmDB, SwarmMetric, TaskMetric
-from moai_flow.memory.operations import agents, events, memory, metrics, retention
+from moai_flow.memory.operations import agents, events, memory, metrics, retention, summaries
 from moai_flow.memory.statements import Statement
 
 
@@ -149,3 +149,54 @@ def test_metrics_are_read_in_the_order_of_an_index(local_db: SwarmDB, model: Any
     for owner in ("task_id", "agent_id", "swarm_id"):
         if owner in names and not (owner == "agent_id" and "task_id" in names):
             assert f"({owner}=?" in first
+
+
+def reads(db: SwarmDB, statement: Statement, table: str) -> list[str]:
+    return [step for step in plan(db, statement) if step.startswith((f"SEARCH {table}", f"SCAN {table}"))]
+
+
+SERIES = ("tokens_used", "agent_metrics", "swarm_metrics")
+
+
+@pytest.mark.parametrize("names", [names for names in sets_of("agent_id", "since", "until") if names])
+@pytest.mark.parametrize("percent", [None, 95])
+def test_summaries_of_tasks_read_only_what_they_are_about(
+    local_db: SwarmDB, names: frozenset[str], percent: int | None
+) -> None:
+    statements = [summaries._tasks(names, by_agent=False), summaries._series("duration_ms", names, percent)]
+    if "agent_id" not in names:
+        statements.append(summaries._tasks(names, by_agent=True))
+    for statement in statements:
+        found = reads(local_db, statement, "task_metrics")
+        assert found
+        for step in found:
+            index = "idx_task_metrics_agent (agent_id=?" if "agent_id" in names else "idx_task_metrics_time ("
+            assert step.startswith(f"SEARCH task_metrics USING INDEX {index}")
+            assert ("timestamp>?" in step, "timestamp<?" in step) == ("since" in names, "until" in names)
+
+
+@pytest.mark.parametrize("names", sets_of("since", "until"))
+def test_summaries_of_agents_and_swarms_read_only_what_they_are_about(local_db: SwarmDB, names: frozenset[str]) -> None:
+    about = [
+        ("agent_metrics", summaries._series("agent_metrics", names | {"agent_id", "metric_type"}, 50)),
+        ("agent_metrics", summaries._series("agent_metrics", names | {"metric_type"}, 50)),
+        ("swarm_metrics", summaries._series("swarm_metrics", names | {"swarm_id", "metric_type"}, None)),
+        ("swarm_metrics", summaries._swarm(names | {"swarm_id"})),
+    ]
+    for table, statement in about:
+        found = reads(local_db, statement, table)
+        assert found
+        assert [step for step in found if not step.startswith("SEARCH ") or " INDEX idx_" not in step] == []
+
+
+@pytest.mark.parametrize("figure", SERIES)
+@pytest.mark.parametrize("names", sets_of("since", "until"))
+def test_where_a_series_begins_and_ends_is_found_at_the_ends_of_an_index(
+    local_db: SwarmDB, figure: str, names: frozenset[str]
+) -> None:
+    owner = summaries._FIGURES[figure].owner
+    of_type = set() if figure == "tokens_used" else {"metric_type"}
+    for filters in (names | of_type, names | of_type | {owner}):
+        steps = plan(local_db, summaries._edges(figure, filters))
+        assert [step for step in steps if "TEMP B-TREE" in step] == []
+        assert all(" USING INDEX " in step for step in steps if "metrics" in step)

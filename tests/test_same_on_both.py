@@ -7,7 +7,7 @@ from contextlib import ExitStack
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from itertools import islice
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -15,7 +15,17 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, rule, run_state_machine_as_test
 
 from conftest import Clock
-from moai_flow.memory import AgentEvent, EventCursor, RetentionPolicy, SwarmDB, SwarmDBError
+from moai_flow.memory import (
+    AgentEvent,
+    AgentMetricType,
+    AgentOrder,
+    Aggregate,
+    EventCursor,
+    RetentionPolicy,
+    SwarmDB,
+    SwarmDBError,
+    SwarmMetricType,
+)
 from moai_flow.memory.models import Record, new_id
 from postgres import Server
 
@@ -319,6 +329,42 @@ class SameOnBoth(RuleBasedStateMachine):
         self.both(lambda store: store.get_task_metrics(owner, since=since, limit=limit))
         self.both(lambda store: store.get_agent_metrics(owner, metric, since=since, limit=limit))
         self.both(lambda store: store.get_swarm_metrics(owner, metric, since=since, limit=limit))
+
+    # Summaries
+
+    @rule(owner=NAMES, result=st.sampled_from(["success", "failure"]), duration=maybe(NUMBERS), since=maybe(MOMENTS))
+    def summarize(self, owner: str, result: Any, duration: Any, since: Any) -> None:
+        self.both(lambda store: store.store_task_metric(owner, owner, duration, result))
+        self.both(lambda store: store.summarize_tasks(owner, since=since))
+        self.both(lambda store: store.summarize_tasks(until=since))
+        self.both(lambda store: store.summarize_swarm(owner, since=since))
+
+    @rule(
+        order_by=st.sampled_from([*get_args(AgentOrder), "results"]),
+        descending=st.booleans(),
+        limit=maybe(LIMITS),
+        since=maybe(MOMENTS),
+        until=maybe(MOMENTS),
+    )
+    def summarize_agents(self, order_by: Any, *, descending: bool, limit: Any, since: Any, until: Any) -> None:
+        self.both(
+            lambda store: store.summarize_agents(
+                since=since, until=until, order_by=order_by, descending=descending, limit=limit
+            )
+        )
+
+    @rule(
+        metric=st.sampled_from(
+            ["duration_ms", "tokens_used", "success_rate", "throughput", *AgentMetricType, *SwarmMetricType]
+        ),
+        bucket=st.sampled_from([timedelta(hours=1), timedelta(days=7), timedelta(days=36525), timedelta(0)]),
+        agg=st.sampled_from([*get_args(Aggregate), "p90"]),
+        of=maybe(NAMES),
+        since=maybe(MOMENTS),
+        until=maybe(MOMENTS),
+    )
+    def metric_series(self, metric: Any, bucket: timedelta, agg: Any, of: Any, since: Any, until: Any) -> None:
+        self.both(lambda store: store.metric_series(metric, bucket=bucket, agg=agg, of=of, since=since, until=until))
 
     # Transactions and maintenance
 

@@ -9,7 +9,7 @@ import pytest
 
 from conftest import Clock
 from driver import Statements, counting
-from moai_flow.memory import EventCursor, EventData, SwarmDB
+from moai_flow.memory import EventCursor, EventData, InvalidInputError, SwarmDB
 from moai_flow.memory.operations import events
 
 EVENT: EventData = {"event_type": "spawn", "agent_id": "a", "agent_type": "t"}
@@ -29,6 +29,10 @@ def store(path: Path, sent: Statements, clock: Clock) -> Iterator[SwarmDB]:
         db.store_memory("s", "semantic", "k", 1)
         db.store_task_metric("task", "a", 1, "success")
         yield db
+
+
+DAY = timedelta(days=1)
+PAST, NEXT = datetime(2025, 1, 1, tzinfo=UTC), datetime(2025, 1, 2, tzinfo=UTC)
 
 
 def leave(block: AbstractContextManager[object]) -> None:
@@ -64,6 +68,12 @@ SINGLE: dict[str, Callable[[SwarmDB], object]] = {
     "get_task_metrics": lambda db: db.get_task_metrics(agent_id="a"),
     "get_agent_metrics": lambda db: db.get_agent_metrics("a"),
     "get_swarm_metrics": lambda db: db.get_swarm_metrics("s"),
+    "summarize_tasks": lambda db: db.summarize_tasks("a"),
+    "summarize_agents": lambda db: db.summarize_agents(),
+    "summarize_swarm": lambda db: db.summarize_swarm("s"),
+    "metric_series between bounds": lambda db: db.metric_series(
+        "duration_ms", bucket=DAY, since=PAST, until=PAST + DAY
+    ),
     "cleanup_old_events": lambda db: db.cleanup_old_events(),
     "schema_version": lambda db: db.schema_version,
 }
@@ -170,6 +180,22 @@ def test_a_task_metric_of_a_taken_microsecond_takes_one_statement_more(store: Sw
     store.store_task_metric("task", "a", 1, "success")
 
     assert len(sent) == 2
+
+
+def test_a_series_without_both_bounds_takes_one_statement_more(store: SwarmDB, sent: Statements) -> None:
+    sent.clear()
+    store.metric_series("duration_ms", bucket=DAY)
+
+    assert len(sent) == 2
+
+
+def test_too_many_buckets_are_refused_before_they_are_added_up(store: SwarmDB, sent: Statements) -> None:
+    store.store_task_metric("task", "a", 1, "success", timestamp=PAST)
+    for bounds, statements in (({"since": PAST}, 1), ({"since": PAST, "until": PAST + 999 * DAY}, 0)):
+        sent.clear()
+        with pytest.raises(InvalidInputError, match="buckets"):
+            store.metric_series("duration_ms", bucket=timedelta(seconds=1), **bounds)  # type: ignore[arg-type]
+        assert len(sent) == statements
 
 
 @pytest.mark.parametrize(("batch_size", "statements"), [(1000, 2), (25, 3), (10, 4)])

@@ -19,6 +19,8 @@ Store = Any
 #: Keys are met in no order, and none is left out: this is prime to the numbers of rows.
 STRIDE = 7919
 
+HOUR = timedelta(hours=1)
+
 
 @dataclass(frozen=True)
 class Case:
@@ -391,6 +393,33 @@ CASES = (
         "get_swarm_metrics",
         lambda store, number, rows: store.get_swarm_metrics(agent(number, rows), "throughput", limit=100),
         50,
+    ),
+    # Summaries
+    Case(
+        "summarize_tasks, of an agent",
+        "summarize_tasks",
+        lambda store, number, rows: store.summarize_tasks(agent(number, rows)),
+        20,
+    ),
+    Case("summarize_tasks, all", "summarize_tasks", lambda store, number, rows: store.summarize_tasks(), 1),
+    Case("summarize_agents", "summarize_agents", lambda store, number, rows: store.summarize_agents(), 1),
+    Case(
+        "summarize_swarm",
+        "summarize_swarm",
+        lambda store, number, rows: store.summarize_swarm(agent(number, rows)),
+        20,
+    ),
+    Case(
+        "metric_series, an agent's mean by the hour",
+        "metric_series",
+        lambda store, number, rows: store.metric_series("duration_ms", bucket=HOUR, of=agent(number, rows)),
+        20,
+    ),
+    Case(
+        "metric_series, 95th percentile by the hour",
+        "metric_series",
+        lambda store, number, rows: store.metric_series("duration_ms", bucket=HOUR, agg="p95"),
+        1,
     ),
     # Transactions and maintenance
     Case("transaction, 10 raw inserts", "transaction", _ten_inserts, 100, writes=True),

@@ -62,6 +62,25 @@ INSERT_AGENT_METRIC = (
 INSERT_SWARM_METRIC = (
     "INSERT INTO swarm_metrics (swarm_id, metric_type, value, metadata, timestamp) VALUES (?, ?, ?, ?, ?)"
 )
+TASK_TOTALS = (
+    "result, count(*) AS count, count(duration_ms) AS measured, sum(duration_ms) AS total, "
+    "max(duration_ms) AS longest, sum(tokens_used) AS tokens_used, sum(files_changed) AS files_changed "
+    "FROM task_metrics"
+)
+#: The ranks, from 0, of the values next to the percentiles of *size* values.
+RANKS = ", ".join(f"(size - 1) * {percent} / 100, ((size - 1) * {percent} + 99) / 100" for percent in (50, 95, 99))
+PERCENTILES = (
+    "SELECT {key}, place, size, value FROM (SELECT {key}, row_number() OVER same - 1 AS place, "
+    "count(*) OVER (PARTITION BY {key}) AS size, {value} AS value FROM {rows} "
+    "WINDOW same AS (PARTITION BY {key} ORDER BY {value})) WHERE place IN (" + RANKS + ")"
+)
+OF_ALL_TASKS = (
+    "WITH counted AS (SELECT duration_ms AS value, count(*) AS times FROM task_metrics WHERE duration_ms IS NOT NULL "
+    "GROUP BY duration_ms), placed AS (SELECT value, times, sum(times) OVER (ORDER BY value) AS upto, "
+    "sum(times) OVER () AS size FROM counted) SELECT value, times, upto, size FROM placed WHERE "
+    + " OR ".join(f"upto > {rank} AND upto - times <= {rank}" for rank in RANKS.split(", "))
+)
+RESULTS = ("success", "failure", "timeout", "cancelled")
 TABLES = ("agent_events", "agent_registry", "session_memory", "task_metrics", "agent_metrics", "swarm_metrics")
 
 
@@ -104,6 +123,38 @@ def is_live(row: Row, now: datetime) -> bool:
     """Whether a row of memory has not expired."""
     hours = row["ttl_hours"]
     return hours is None or now < datetime.fromisoformat(row["timestamp"]) + timedelta(hours=hours)
+
+
+def between(lower: float, upper: float, part: int) -> float:
+    """Return the value so many hundredths of the way from one to the other."""
+    return (lower * (100 - part) + upper * part) / 100
+
+
+def percentiles(size: int, value_at: Callable[[int], float], suffix: str = "") -> dict[str, float]:
+    """Return the percentiles of *size* values, of which one is asked for by its rank."""
+    found = {}
+    for percent in (50, 95, 99):
+        rank, part = divmod((size - 1) * percent, 100)
+        found[f"p{percent}{suffix}"] = between(value_at(rank), value_at(rank + (part > 0)), part)
+    return found
+
+
+def task_summary(rows: Iterable[Row], of_ranks: dict[str, float]) -> Row:
+    """Return the summary of rows of a result each."""
+    rows = list(rows)
+    results = dict.fromkeys(RESULTS, 0) | {row["result"]: row["count"] for row in rows}
+    count, measured = sum(results.values()), sum(row["measured"] for row in rows)
+    return {
+        "count": count,
+        "results": results,
+        "success_rate": results["success"] / count,
+        "tokens_used": sum(row["tokens_used"] for row in rows),
+        "files_changed": sum(row["files_changed"] for row in rows),
+        "measured": measured,
+        "mean_ms": sum(row["total"] for row in rows) / measured,
+        **of_ranks,
+        "max_ms": max(row["longest"] for row in rows),
+    }
 
 
 class RawSwarm:
@@ -396,6 +447,89 @@ class RawSwarm:
             (swarm_id, metric_type, limit),
         )
         return [with_metadata(row) for row in found]
+
+    # Summaries
+
+    def summarize_tasks(self, agent_id: str | None = None) -> Row:
+        if agent_id is not None:
+            sql = f"SELECT {TASK_TOTALS} WHERE agent_id = ? GROUP BY result"
+            return task_summary(self._dicts(sql, agent_id), self._ranks_of_agent(agent_id))
+        spans = self._dicts(OF_ALL_TASKS)
+
+        def value_at(rank: int) -> float:
+            value: float = next(s["value"] for s in spans if s["upto"] - s["times"] <= rank < s["upto"])
+            return value
+
+        totals = self._dicts(f"SELECT {TASK_TOTALS} GROUP BY result")
+        return task_summary(totals, percentiles(spans[0]["size"], value_at, "_ms"))
+
+    def summarize_agents(self) -> list[Row]:
+        totals: dict[str, list[Row]] = {}
+        for row in self._dicts(f"SELECT agent_id, {TASK_TOTALS} GROUP BY agent_id, result"):
+            totals.setdefault(row["agent_id"], []).append(row)
+        measured = "task_metrics WHERE duration_ms IS NOT NULL"
+        ranks = self._placed(PERCENTILES.format(key="agent_id", value="duration_ms", rows=measured))
+        return [
+            {**task_summary(totals[agent], percentiles(*ranks[agent], "_ms")), "agent_id": agent}
+            for agent in sorted(totals)
+        ]
+
+    def summarize_swarm(self, swarm_id: str) -> Row:
+        totals = self._dicts(
+            "SELECT metric_type, count(*) AS count, avg(value) AS mean, min(value) AS minimum, max(value) AS maximum "
+            "FROM swarm_metrics WHERE swarm_id = ? GROUP BY metric_type",
+            swarm_id,
+        )
+        rows = "swarm_metrics WHERE swarm_id = ?"
+        ranks = self._placed(PERCENTILES.format(key="metric_type", value="value", rows=rows), swarm_id)
+        figures = {}
+        for row in totals:
+            kind = row.pop("metric_type")
+            newest = self.raw.execute(
+                "SELECT value, timestamp FROM swarm_metrics WHERE swarm_id = ? AND metric_type = ? "
+                "ORDER BY timestamp DESC, metric_id DESC LIMIT 1",
+                (swarm_id, kind),
+            ).fetchone()
+            latest = {"latest": newest["value"], "latest_at": newest["timestamp"]}
+            figures[kind] = {**latest, **row, **percentiles(*ranks[kind])}
+        return {"swarm_id": swarm_id, "figures": figures}
+
+    def metric_series(self, metric: str, *, bucket: timedelta, agg: str = "mean", of: str | None = None) -> list[Row]:
+        size = bucket // timedelta(seconds=1)
+        start = f"CAST(strftime('%s', timestamp) AS INTEGER) / {size} * {size}"
+        rows = f"task_metrics WHERE {metric} IS NOT NULL" + (" AND agent_id = ?" if of else "")
+        bound = (of,) if of else ()
+        if agg == "mean":
+            sql = f"SELECT {start} AS start, count(*) AS count, avg({metric}) AS value FROM {rows} GROUP BY 1"
+            found = {row["start"]: row for row in self._dicts(sql, *bound)}
+        else:
+            inner = f"(SELECT {start} AS start, {metric} AS figure FROM {rows})"
+            placed = self._placed(PERCENTILES.format(key="start", value="figure", rows=inner), *bound)
+            found = {
+                key: {"count": count, "value": percentiles(count, value_at)[agg]}
+                for key, (count, value_at) in placed.items()
+            }
+        empty = {"count": 0, "value": None}
+        return [
+            {**found.get(at, empty), "start": datetime.fromtimestamp(at, UTC)}
+            for at in range(min(found), max(found) + 1, size)
+        ]
+
+    def _ranks_of_agent(self, agent_id: str) -> dict[str, float]:
+        rows = "task_metrics WHERE duration_ms IS NOT NULL AND agent_id = ?"
+        placed = self._placed(PERCENTILES.format(key="agent_id", value="duration_ms", rows=rows), agent_id)
+        return percentiles(*placed[agent_id], "_ms")
+
+    def _placed(self, sql: str, *bound: Any) -> dict[Any, tuple[int, Callable[[int], float]]]:
+        values: dict[Any, dict[int, float]] = {}
+        sizes = {}
+        for key, place, size, value in self.raw.execute(sql, bound):
+            values.setdefault(key, {})[place] = value
+            sizes[key] = size
+        return {key: (sizes[key], values[key].__getitem__) for key in values}
+
+    def _dicts(self, sql: str, *bound: Any) -> list[Row]:
+        return [dict(row) for row in self.raw.execute(sql, bound)]
 
     # Transactions and maintenance
 

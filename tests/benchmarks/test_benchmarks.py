@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import closing
+from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from benchmarks.operations import CASES, Case
 from benchmarks.raw import TABLES, RawSwarm
 from benchmarks.report import write_json, write_markdown
 from conftest import REPOSITORY, Clock
-from moai_flow.memory import CheckReport, SwarmDB
+from moai_flow.memory import CheckReport, MetricBucket, SwarmDB, SwarmSummary, TaskSummary
 from moai_flow.memory.models import Record, new_id
 from moai_flow.memory.types import decode_time
 from postgres import Server
@@ -53,6 +54,10 @@ def plain(result: Any) -> Any:
     match result:
         case CheckReport():
             return list(result.integrity)
+        case TaskSummary() | MetricBucket() | SwarmSummary():
+            return rounded(asdict(result))
+        case dict() if result.keys() & {"measured", "value", "figures"} and "metric_id" not in result:
+            return rounded(result)
         case Record() | dict() if "agent_id" in result or "session_id" in result or "swarm_id" in result:
             row = {name: value for name, value in dict(result).items() if name != "event_id"}
             return {name: as_time(value) if name in TIMES else value for name, value in row.items()}
@@ -61,6 +66,13 @@ def plain(result: Any) -> Any:
         case datetime() | str():
             return as_time(result)
     return result
+
+
+def rounded(value: Any) -> Any:
+    """Return a summary without what a sum of floats leaves to the order of the rows."""
+    if isinstance(value, dict):
+        return {name: rounded(item) for name, item in value.items()}
+    return float(f"{value:.12g}") if isinstance(value, float) else as_time(value)
 
 
 def as_time(value: Any) -> Any:

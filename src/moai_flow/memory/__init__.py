@@ -49,6 +49,16 @@ from moai_flow.memory.models import (
 )
 from moai_flow.memory.operations.maintenance import CheckReport, ForeignTime, UnlistedValue
 from moai_flow.memory.operations.retention import CleanedTable, CleanupReport, RetentionPolicy
+from moai_flow.memory.operations.summaries import (
+    AgentOrder,
+    AgentSummary,
+    Aggregate,
+    FigureSummary,
+    MetricBucket,
+    SeriesMetric,
+    SwarmSummary,
+    TaskSummary,
+)
 from moai_flow.memory.scope import RawConnection, RawCursor
 from moai_flow.memory.tracking import TrackedAgent, TrackedTask
 
@@ -59,8 +69,11 @@ __all__ = [
     "AgentMetricType",
     "AgentMetricTypeLike",
     "AgentNotFoundError",
+    "AgentOrder",
     "AgentStatus",
     "AgentStatusLike",
+    "AgentSummary",
+    "Aggregate",
     "BusyError",
     "CheckReport",
     "CleanedTable",
@@ -73,16 +86,19 @@ __all__ = [
     "EventData",
     "EventType",
     "EventTypeLike",
+    "FigureSummary",
     "ForeignTime",
     "InvalidInputError",
     "MemoryType",
     "MemoryTypeLike",
+    "MetricBucket",
     "RawConnection",
     "RawCursor",
     "RegisteredAgent",
     "RetentionPolicy",
     "SchemaError",
     "SchemaInfo",
+    "SeriesMetric",
     "SessionMemory",
     "StorageError",
     "SwarmDB",
@@ -91,10 +107,12 @@ __all__ = [
     "SwarmMetricData",
     "SwarmMetricType",
     "SwarmMetricTypeLike",
+    "SwarmSummary",
     "TaskMetric",
     "TaskMetricData",
     "TaskResult",
     "TaskResultLike",
+    "TaskSummary",
     "TrackedAgent",
     "TrackedTask",
     "TransactionError",

@@ -18,6 +18,7 @@ from moai_flow.memory.migrations import bring_up_to_date
 from moai_flow.memory.operations.maintenance import MaintenanceOperations
 from moai_flow.memory.operations.memory import MemoryOperations
 from moai_flow.memory.operations.retention import RetentionOperations, RetentionPolicy
+from moai_flow.memory.operations.summaries import SummaryOperations
 from moai_flow.memory.scope import RawConnection, translating
 from moai_flow.memory.statements import Programs
 from moai_flow.memory.tracking import Tracking
@@ -31,7 +32,7 @@ _LONGEST_TIMEOUT = 2_147_483
 _LARGEST_CACHE = 2_097_151
 
 
-class SwarmDB(Tracking, MemoryOperations, RetentionOperations, MaintenanceOperations):
+class SwarmDB(Tracking, MemoryOperations, SummaryOperations, RetentionOperations, MaintenanceOperations):
     """Everything a swarm remembers, behind one object.
 
     One object serves all threads of a process. After a fork the child uses it on, with connections of its own; of a
