@@ -286,7 +286,14 @@ def test_an_agent_that_is_heard_of_between_finding_and_marking_stays(
 # Processes. Module level: a spawned process imports these from here.
 
 
-def work_until_killed(url: str, clock: Clock, ready: Connection) -> None:
+def standing_at(now: datetime) -> Clock:
+    clock = Clock()
+    clock.now = now
+    return clock
+
+
+def work_until_killed(url: str, now: datetime, ready: Connection) -> None:
+    clock = standing_at(now)
     with SwarmDB(url=url, clock=clock) as db, db.track_agent("victim", "t") as agent:
         clock.advance(seconds=10)
         agent.heartbeat()
@@ -294,8 +301,8 @@ def work_until_killed(url: str, clock: Clock, ready: Connection) -> None:
         threading.Event().wait()
 
 
-def mark(url: str, clock: Clock, start: Connection, found: Connection) -> None:
-    with SwarmDB(url=url, clock=clock) as db:
+def mark(url: str, now: datetime, start: Connection, found: Connection) -> None:
+    with SwarmDB(url=url, clock=standing_at(now)) as db:
         found.send("ready")
         start.recv()
         found.send(ids(db.mark_stale_agents(MINUTE)))
@@ -308,7 +315,7 @@ def test_a_killed_agent_is_found_stale_and_marked_once_by_4_processes(
     url = url_of(kind, path, request)
     with SwarmDB(url=url, clock=clock) as db:
         receive, send = SPAWN.Pipe(duplex=False)
-        victim = SPAWN.Process(target=work_until_killed, args=(url, clock, send))
+        victim = SPAWN.Process(target=work_until_killed, args=(url, clock.now, send))
         victim.start()
         assert receive.recv() == "at work"
         assert victim.pid is not None
@@ -328,7 +335,7 @@ def test_a_killed_agent_is_found_stale_and_marked_once_by_4_processes(
         for _ in range(4):
             start, begin = SPAWN.Pipe(duplex=False)
             answer, tell = SPAWN.Pipe(duplex=False)
-            marker = SPAWN.Process(target=mark, args=(url, clock, start, tell))
+            marker = SPAWN.Process(target=mark, args=(url, clock.now, start, tell))
             marker.start()
             starts.append(begin)
             answers.append(answer)

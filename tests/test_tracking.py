@@ -230,13 +230,10 @@ def test_nothing_is_held_during_a_block(path: Path) -> None:
 
 
 def test_no_connection_is_held_during_a_block(postgres_url: str) -> None:
-    with (
-        SwarmDB(url=postgres_url, pool_size=1, busy_timeout=5) as db,
-        ThreadPoolExecutor(1) as pool,
-        db.track_agent("a", "x"),
-        db.track_task("t", "a"),
-    ):
-        assert pool.submit(db.heartbeat, "a").result()
+    with SwarmDB(url=postgres_url, pool_size=1, busy_timeout=5) as db:
+        with db.track_agent("a", "x"), db.track_task("t", "a"), ThreadPoolExecutor(1) as pool:
+            assert pool.submit(db.heartbeat, "a").result()
+        assert len(db.get_task_metrics()) == 1
 
 
 def test_a_task_is_part_of_the_transaction_that_it_ends_in(db: SwarmDB) -> None:
