@@ -145,10 +145,27 @@ def test_an_agents_begin_its_end_and_giving_it_up_are_two_statements_in_a_transa
         sent.clear()
     assert words(sent) == ["BEGIN", "SAVEPOINT", "UPDATE", "INSERT", "RELEASE", "COMMIT"]
 
-    clock.advance(hours=2)
+    clock.advance(minutes=50)
     sent.clear()
-    assert len(store.mark_stale_agents(timedelta(hours=1))) == 1
+    assert len(store.mark_stale_agents(timedelta(minutes=40))) == 1
     assert words(sent) == ["SELECT", "BEGIN", "SAVEPOINT", "UPDATE", "INSERT", "RELEASE", "COMMIT"]
+
+
+def test_the_first_write_of_an_hour_looks_whether_old_rows_are_to_be_removed(
+    store: SwarmDB, sent: Statements, clock: Clock
+) -> None:
+    clock.advance(hours=1)
+    for expected in (["SELECT", "INSERT"], ["INSERT"]):
+        sent.clear()
+        store.insert_event(EVENT)
+        assert words(sent) == expected
+
+    clock.advance(hours=23)
+    sent.clear()
+    store.insert_event(EVENT)
+    events, memory, metrics = ["DELETE"], ["SELECT", "SELECT", "SELECT"], ["DELETE", "DELETE", "DELETE"]
+    claimed = ["SELECT", "PRAGMA", "PRAGMA", "BEGIN", "PRAGMA", "SAVEPOINT", "SELECT"]
+    assert words(sent) == [*claimed, *events, *memory, *metrics, "INSERT", "RELEASE", "COMMIT", "INSERT"]
 
 
 def test_a_block_costs_four_statements_and_a_nested_one_two(store: SwarmDB, sent: Statements) -> None:

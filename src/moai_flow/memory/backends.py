@@ -12,6 +12,7 @@ from sqlalchemy.exc import SQLAlchemyError, StatementError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
 from moai_flow.memory.errors import BusyError, ConflictError, StorageError, SwarmDBError, TransactionError
+from moai_flow.memory.patience import PatientConnection
 from moai_flow.memory.types import is_postgresql
 
 
@@ -135,7 +136,8 @@ class SQLite(Backend):
         (milliseconds,) = raw.execute("PRAGMA busy_timeout").fetchone()
         raw.execute("PRAGMA busy_timeout = 0")
         try:
-            raw.execute("BEGIN IMMEDIATE")
+            with raw.impatient() if isinstance(raw, PatientConnection) else nullcontext():
+                raw.execute("BEGIN IMMEDIATE")
         finally:
             raw.execute(f"PRAGMA busy_timeout = {milliseconds:d}")
 

@@ -117,7 +117,7 @@ class SwarmDB(Tracking, MemoryOperations, SummaryOperations, RetentionOperations
         self._location = locate(db_path, url) if engine is None else locate_engine(engine)
         where = str(self._location)
         if engine is None:
-            settings = Settings(durability, busy_timeout, page_cache_mib, statement_timeout)
+            settings = self._adapted(Settings(durability, busy_timeout, page_cache_mib, statement_timeout))
             own = create(self._location, settings)
             limit = Limit(pool_size, busy_timeout) if self._location.is_on_server else None
             anchored = self._location.is_in_memory
@@ -142,6 +142,10 @@ class SwarmDB(Tracking, MemoryOperations, SummaryOperations, RetentionOperations
             except BaseException:
                 self.close()
                 raise
+
+    def _adapted(self, settings: Settings) -> Settings:
+        """Return how connections are opened: the settings as given, unless a subclass knows better."""
+        return settings
 
     def _get_connection(self) -> RawConnection:
         """Return this thread's own driver connection, in the driver's own implicit transaction mode.

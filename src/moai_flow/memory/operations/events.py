@@ -325,6 +325,17 @@ class EventOperations(Scope):
             StorageError: If the database can't be read, or is a standby, which does not know who is writing.
             ClosedError: After `close`, at the next poll.
         """
+        return self._watching(*self._watch(after, types, agent_ids, exclude_agent, poll))
+
+    def _watch(
+        self,
+        after: int | AgentEvent | None,
+        types: Iterable[EventTypeLike] | EventTypeLike | None,
+        agent_ids: Iterable[str] | str | None,
+        exclude_agent: str | None,
+        poll: float,
+    ) -> "tuple[_Watch, _Place]":
+        """Return what to watch, and where to begin; the parameters are those of `watch_events`."""
         filters = {
             "types": _as_array(inputs.recognise_filters(EventType, types, field="types")),
             "agent_ids": _as_array(inputs.text_filters(agent_ids, field="agent_ids")),
@@ -341,7 +352,7 @@ class EventOperations(Scope):
             self._writers()  # Where they can't be known, that is said at once.
         if position is None:
             position = self._last_id()
-        return self._watching(_Watch(_after(frozenset(given)), given, poll), _Place(position, position))
+        return _Watch(_after(frozenset(given)), given, poll), _Place(position, position)
 
     def _watching(self, watch: _Watch, place: _Place) -> Iterator[AgentEvent]:
         while True:

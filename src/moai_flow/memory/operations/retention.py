@@ -550,6 +550,8 @@ class RetentionOperations(Scope):
         """Delete memories, each with all that were stored before it under its key, which would come back otherwise."""
         latest = {memory.key: memory for memory in dead}  # They come in the order of their ids.
         removed = 0
+        if not latest:
+            return 0
         with self._block(alone=False):
             for memory in latest.values():
                 session_id, memory_type, key = memory.key
