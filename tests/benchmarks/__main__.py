@@ -9,7 +9,7 @@ from pathlib import Path
 
 from moai_flow.memory import SwarmDB
 
-from . import concurrency, copying, report, server, starting
+from . import concurrency, copying, loops, report, server, starting
 from .dataset import build_pair, copy_of, warm
 from .measuring import Measurement
 from .operations import CASES, Case, measure
@@ -60,6 +60,7 @@ def _measurements(options: argparse.Namespace, folder: Path) -> Iterator[Measure
             path.unlink()
     if options.only in "import moai_flow.memory":
         yield starting.measure_import(rounds=options.rounds * 2)
+    yield from loops.measurements(folder, options.only, rounds=options.rounds)
     if options.server:
         yield from server.measurements(FULL_ROWS, options.only, rounds=options.rounds)
         yield from copying.measurements(folder, options.only, rounds=options.rounds)

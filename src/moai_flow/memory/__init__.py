@@ -8,6 +8,7 @@ Examples:
     'python'
 """
 
+from moai_flow.memory.aio import AsyncConnection, AsyncCursor, AsyncSession, AsyncSwarmDB, AsyncTrackedAgent
 from moai_flow.memory.db import SwarmDB
 from moai_flow.memory.engine import Durability
 from moai_flow.memory.enums import (
@@ -74,6 +75,11 @@ __all__ = [
     "AgentStatusLike",
     "AgentSummary",
     "Aggregate",
+    "AsyncConnection",
+    "AsyncCursor",
+    "AsyncSession",
+    "AsyncSwarmDB",
+    "AsyncTrackedAgent",
     "BusyError",
     "CheckReport",
     "CleanedTable",
