@@ -31,6 +31,17 @@ class Asynchronous(griffe.Extension):
                 method = made_from and _method(pkg, made_from)
                 if isinstance(method, griffe.Function):
                     cls.set_member(name, _asynchronous(method, cls))
+            constructor = cls.members.get("__init__")
+            decorators = constructor.decorators if isinstance(constructor, griffe.Function) else []
+            if any(_MADE_FROM in str(decorator.value) for decorator in decorators):
+                _construct(constructor, _method(pkg, "__init__"))
+
+
+def _construct(constructor: griffe.Function, original: griffe.Function) -> None:
+    """Give a constructor the parameters of the one that it passes them to, and what that says about them."""
+    constructor.parameters, constructor.decorators = original.parameters, []
+    if constructor.docstring is not None and original.docstring is not None:
+        constructor.docstring.value += f"\n\n{original.docstring.value}"
 
 
 def _classes(module: griffe.Module) -> Iterator[griffe.Class]:

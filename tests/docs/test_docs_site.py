@@ -65,6 +65,20 @@ def test_the_reference_has_every_public_method(inventory: set[str]) -> None:
     assert {name for name in METHODS if f"{PACKAGE}SwarmDB.{name}" not in inventory} == set()
 
 
+def test_the_reference_shows_the_real_signature_of_every_awaited_method(site: Path, inventory: set[str]) -> None:
+    assert {name for name in METHODS if f"{PACKAGE}AsyncSwarmDB.{name}" not in inventory} == set()
+
+    page = html.unescape(re.sub(r"<[^>]+>", "", (site / "reference" / "asyncio" / "index.html").read_text()))
+    for name in METHODS:
+        method = getattr(SwarmDB, name)
+        if not isinstance(method, property) and name != "close":
+            parameters = [parameter for parameter in inspect.signature(method).parameters if parameter != "self"]
+            shown = re.findall(rf"\b{name}\(([^)]*)\)", page)
+            assert any(all(parameter in signature for parameter in parameters) for signature in shown), name
+    assert "page_cache_mib: int" in page
+    assert "*arguments" not in page
+
+
 @pytest.mark.parametrize("model", TABLES)
 def test_the_reference_has_every_column_and_what_it_means(site: Path, model: type[Record]) -> None:
     page = (site / "reference" / "models" / "index.html").read_text()
