@@ -172,7 +172,8 @@ def _show_agents(agents: list[AgentSummary], by: By, limit: int) -> None:
         expendable=[heading for heading in _EXPENDABLE if heading.split()[0] != by],
     )
     if len(agents) > limit:
-        show.line(f"and {len(agents) - limit:,} more; --limit says how many are shown\n")
+        show.line(f"and {len(agents) - limit:,} more; --limit says how many are shown")
+        show.line("")
 
 
 def _show_swarm(swarm: SwarmSummary) -> None:

@@ -16,8 +16,11 @@ from moai_flow.memory.cli import show
 #: How often a look is taken, in seconds.
 POLL = 0.25
 
-#: How far a column of names grows.
+#: How far a column of names grows: as much as a UUID takes.
 _WIDEST = 36
+
+#: What a line has before the names, and how little a terminal shows of a type, in cells.
+_BEFORE, _NARROW_TYPE = 32, 8
 
 _STYLES = {EventType.ERROR: "bold red", EventType.COMPLETE: "green"}
 
@@ -65,6 +68,9 @@ def lines() -> Callable[[AgentEvent], None]:
 
     def show_event(event: AgentEvent) -> None:
         names = [show.visible(event.agent_id), show.visible(event.agent_type)]
+        if console.is_terminal:  # The type gives way there, so that no column has to.
+            agent_width = max(widths[0], min(cell_len(names[0]), _WIDEST))
+            names[1] = show.shortened(names[1], max(console.width - _BEFORE - agent_width - 2, _NARROW_TYPE))
         widths[:] = [max(width, min(cell_len(name), _WIDEST)) for width, name in zip(widths, names, strict=True)]
         text = Text.assemble(
             f"{event.timestamp.astimezone(UTC):%Y-%m-%d %H:%M:%SZ}  ",

@@ -127,6 +127,19 @@ def facts(about: Mapping[str, Any]) -> None:
     line("")
 
 
+def shortened(name: str, width: int) -> str:
+    """Return *name*, without its middle if it is wider than *width*: ids that were made together begin alike."""
+    if cell_len(name) <= width:
+        return name
+    tail_width = (width - 1) // 2
+    head, tail = name[: width - 1 - tail_width], name[-tail_width:] if tail_width else ""
+    while cell_len(head) > width - 1 - tail_width:
+        head = head[:-1]
+    while cell_len(tail) > tail_width:
+        tail = tail[1:]
+    return f"{head}…{tail}"
+
+
 def brief(value: Any) -> str:
     """Return the beginning of a value's JSON, enough to recognise it by."""
     shown = _compact(value)

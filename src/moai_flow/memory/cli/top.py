@@ -286,8 +286,8 @@ def _table(agents: list[Seen], now: datetime, width: int | None) -> Table:
     if width is not None:
         widest = _shared(widest, width - taken - 1)
     columns: list[_Shown] = [
-        ("agent", "left", [Text(shortened(name, widest[0])) for name in names]),
-        ("type", "left", [Text(shortened(name, widest[1])) for name in types]),
+        ("agent", "left", [Text(show.shortened(name, widest[0])) for name in names]),
+        ("type", "left", [Text(show.shortened(name, widest[1])) for name in types]),
         *fixed,
     ]
     grid = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), width=sum(widest) + 1 + taken, header_style="bold")
@@ -309,19 +309,6 @@ def _shared(widest: list[int], room: int) -> list[int]:
         return widest
     types = min(types, max(room - names, min(_NARROW_TYPE, room // 3)))
     return [max(room - types, 1), max(types, 1)]
-
-
-def shortened(name: str, width: int) -> str:
-    """Return *name*, without its middle if it is wider than *width*: ids that were made together begin alike."""
-    if cell_len(name) <= width:
-        return name
-    tail_width = (width - 1) // 2
-    head, tail = name[: width - 1 - tail_width], name[-tail_width:] if tail_width else ""
-    while cell_len(head) > width - 1 - tail_width:
-        head = head[:-1]
-    while cell_len(tail) > tail_width:
-        tail = tail[1:]
-    return f"{head}…{tail}"
 
 
 def _rate(count: int) -> str:
