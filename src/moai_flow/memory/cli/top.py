@@ -28,6 +28,7 @@ from moai_flow.memory import (
     TaskResult,
 )
 from moai_flow.memory.cli import show
+from moai_flow.memory.scope import translating
 
 #: How far back rates are counted, and ended agents shown.
 WINDOW = timedelta(minutes=5)
@@ -101,13 +102,14 @@ class Look:
     rates: Rates
 
 
-def look(db: SwarmDB, stale_after: timedelta) -> Look:
+def look(db: SwarmDB, name: str, stale_after: timedelta) -> Look:
     """Look at a swarm: stale agents, longest silent first, then those at work, busiest first, then the ended ones.
 
     Raises:
         SwarmDBError: If the database can't be read.
     """
-    with db.session(readonly=True) as session:
+    # What a session raises is SQLAlchemy's own.
+    with translating(name), db.session(readonly=True) as session:
         now = datetime.now(UTC)
         by_status = select(RegisteredAgent.status, func.count()).group_by(col(RegisteredAgent.status))
         states = dict(session.exec(by_status).all())
@@ -179,7 +181,7 @@ def once(db: SwarmDB, name: str, limit: int | None, stale_after: timedelta) -> N
         SwarmDBError: If the database can't be read.
     """
     screen = Screen(name, limit)
-    screen.last = look(db, stale_after)
+    screen.last = look(db, name, stale_after)
     terminal = show.console()
     if terminal.is_terminal:
         terminal.print(*screen.parts(terminal.width, None), sep="\n")
@@ -203,7 +205,7 @@ def watch(db: SwarmDB, name: str, limit: int | None, stale_after: timedelta, int
             live.start()
             while True:
                 try:
-                    screen.last, screen.problem = look(db, stale_after), None
+                    screen.last, screen.problem = look(db, name, stale_after), None
                 except (BusyError, StorageError) as error:
                     screen.problem = f"not read at {datetime.now(UTC):%H:%M:%S}: {' '.join(str(error).split())}"
                 live.refresh()
@@ -276,7 +278,11 @@ def _table(agents: list[Seen], now: datetime, width: int | None) -> Table:
         ("age", "right", [Text(_span(now - one.agent.spawned_at)) for one in agents]),
         ("last\nheard", "right", [Text(_span(now - one.agent.last_updated)) for one in agents]),
         ("tasks\n/min", "right", [Text(_rate(one.rates.tasks)) for one in agents]),
-        ("fails\n/min", "right", [Text(_rate(one.rates.failures), "red") for one in agents]),
+        (
+            "fails\n/min",
+            "right",
+            [Text(_rate(one.rates.failures), "red" if one.rates.failures else "") for one in agents],
+        ),
         ("tokens\n/min", "right", [Text(_rate(one.rates.tokens)) for one in agents]),
     ]
     taken = sum(1 + max(_width(heading), *map(cell_len, map(str, cells))) for heading, _, cells in fixed)
