@@ -181,12 +181,12 @@ def test_a_terminal_shows_as_many_columns_as_it_has_room_for(columns: int, path:
             db.store_task_metric("t", agent, 1_234_567, "success", tokens_used=12_345_678, timestamp=moment)
             db.store_swarm_metric("s", "resource", 123_456.7, timestamp=moment)
     command = [*METRICS, "--db", str(path), "--swarm", "s", "--by", "p99"]
-    seen, _ = on_terminal(command, path.parent, is_all=True, COLUMNS=str(columns), NO_COLOR="1", TERM="dumb")
+    seen, _ = on_terminal(command, path.parent, is_all=True, COLUMNS=str(columns), NO_COLOR="1")
 
     shown = seen.decode()
     assert LONG_ID in shown
     assert "設計" * 9 in shown
     assert "p99 ms" in shown
-    assert ("p50 ms" in shown, "files " in shown.partition("Agents")[2]) == (columns == 160, columns == 160)
-    assert shown.count("12,345,678") == 3
+    assert ("p50 ms" in shown, "files" in shown.partition("Agents")[2]) == (columns == 160, columns == 160)
+    assert "p95 ms" in shown
     assert "…" not in shown

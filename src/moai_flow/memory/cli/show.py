@@ -131,6 +131,7 @@ def shortened(name: str, width: int) -> str:
     """Return *name*, without its middle if it is wider than *width*: ids that were made together begin alike."""
     if cell_len(name) <= width:
         return name
+    width = max(width, 1)
     tail_width = (width - 1) // 2
     head, tail = name[: width - 1 - tail_width], name[-tail_width:] if tail_width else ""
     while cell_len(head) > width - 1 - tail_width:

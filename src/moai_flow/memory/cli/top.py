@@ -11,7 +11,7 @@ from types import FrameType
 from typing import Literal, TypeAlias
 
 from rich.cells import cell_len
-from rich.console import Console, ConsoleOptions, RenderResult
+from rich.console import Console, ConsoleDimensions, ConsoleOptions, RenderResult
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
@@ -140,22 +140,33 @@ def look(db: SwarmDB, name: str, stale_after: timedelta) -> Look:
 
 
 class Screen:
-    """What was seen, as large as there is room for."""
+    """What was seen, as large as there is room for.
+
+    Attributes:
+        last: What was seen; None before the first look.
+        problem: Why nothing newer was.
+        size: For which size it was drawn last.
+    """
 
     def __init__(self, name: str, limit: int | None) -> None:
         self._name = name
         self._limit = limit
         self.last: Look | None = None
         self.problem: str | None = None
+        self.size: ConsoleDimensions | None = None
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        yield from self.parts(console.width, console.height)
+        self.size = options.size
+        yield from self.parts(*options.size)
 
     def parts(self, width: int | None, height: int | None) -> Iterator[Text | Table]:
         """Yield what is to be shown within a width and a height; None is as much as it takes."""
         last = self.last
         at = "" if last is None else f"{last.at:%Y-%m-%d %H:%M:%S} UTC  "
-        yield _line(("swarmdb top  ", "bold"), at, show.visible(self._name))
+        name = show.visible(self._name)
+        yield _line(
+            ("swarmdb top  ", "bold"), at, name if width is None else show.shortened(name, width - 13 - len(at))
+        )
         if last is not None:
             yield _line("agents       ", *_states(last))
             yield _line("each minute  ", *_rates(last.rates))
@@ -207,9 +218,10 @@ def watch(db: SwarmDB, name: str, limit: int | None, stale_after: timedelta, int
                 try:
                     screen.last, screen.problem = look(db, name, stale_after), None
                 except (BusyError, StorageError) as error:
-                    screen.problem = f"not read at {datetime.now(UTC):%H:%M:%S}: {' '.join(str(error).split())}"
+                    reason = " ".join(str(error).removeprefix(f"{name}: ").split())
+                    screen.problem = f"not read at {datetime.now(UTC):%H:%M:%S}: {reason}"
                 live.refresh()
-                _wait(live, interval)
+                _wait(live, screen, interval)
         except KeyboardInterrupt:
             pass  # There is no other way to end it.
         finally:
@@ -221,14 +233,12 @@ def is_live() -> bool:
     return sys.stdout is not None and sys.stdout.isatty() and show.console().is_interactive
 
 
-def _wait(live: Live, seconds: float) -> None:
-    """Wait, and redraw the screen meanwhile where the terminal has got another size."""
-    size = live.console.size
+def _wait(live: Live, screen: Screen, seconds: float) -> None:
+    """Wait, and redraw the screen meanwhile where the terminal is no longer of the size that it was drawn for."""
     end = time.monotonic() + seconds
     while (left := end - time.monotonic()) > 0:
         time.sleep(min(left, _BLINK))
-        if live.console.size != size:
-            size = live.console.size
+        if live.console.size != screen.size:
             live.refresh()
 
 
@@ -281,7 +291,7 @@ def _table(agents: list[Seen], now: datetime, width: int | None) -> Table:
         (
             "fails\n/min",
             "right",
-            [Text(_rate(one.rates.failures), "red" if one.rates.failures else "") for one in agents],
+            [_failures(one.rates) for one in agents],
         ),
         ("tokens\n/min", "right", [Text(_rate(one.rates.tokens)) for one in agents]),
     ]
@@ -315,6 +325,10 @@ def _shared(widest: list[int], room: int) -> list[int]:
         return widest
     types = min(types, max(room - names, min(_NARROW_TYPE, room // 3)))
     return [max(room - types, 1), max(types, 1)]
+
+
+def _failures(rates: Rates) -> Text:
+    return Text(_rate(rates.failures), "red" if rates.failures else "")
 
 
 def _rate(count: int) -> str:
