@@ -7,11 +7,13 @@ import pty
 import re
 import select
 import signal
+import sqlite3
 import struct
 import subprocess
 import sys
 import termios
-from contextlib import suppress
+from collections.abc import Mapping
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -76,20 +78,27 @@ def on_terminal(command: list[str], folder: Path, *, is_all: bool = False, **env
     return seen, answer
 
 
+def execute(path: Path, statement: str, *parameters: object) -> None:
+    """Run raw SQL, as another program may."""
+    with closing(sqlite3.connect(path)) as connection, connection:
+        connection.execute(statement, parameters)
+
+
 _CONTROL = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 
 
 class Terminal:
     """A program that goes on, on a terminal."""
 
-    def __init__(self, command: list[str], *, columns: int = 80, lines: int = 24, **environment: str) -> None:
+    def __init__(
+        self, command: list[str], environment: Mapping[str, str] | None = None, *, columns: int = 80, lines: int = 24
+    ) -> None:
         self._shown, terminal = pty.openpty()
         self.resize(columns, lines)
         unset = {"NO_COLOR", "COLUMNS", "LINES"}
         usual = {name: value for name, value in os.environ.items() if name not in unset}
-        variables = {**usual, "TERM": "xterm", **environment}
-        streams = dict.fromkeys(("stdin", "stdout", "stderr"), terminal)
-        self.process = subprocess.Popen(command, env=variables, **streams)
+        variables = {**usual, "TERM": "xterm", **(environment or {})}
+        self.process = subprocess.Popen(command, env=variables, stdin=terminal, stdout=terminal, stderr=terminal)
         os.close(terminal)
         self.seen = b""
 

@@ -8,13 +8,14 @@ import threading
 from contextlib import ExitStack
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import pytest
 from sqlalchemy import text
 
-from cli.running import Command, Terminal
+from cli.running import Command, Terminal, execute
 from conftest import url_of
-from moai_flow.memory import EventType, SwarmDB
+from moai_flow.memory import EventData, EventType, SwarmDB
 from moai_flow.memory.cli.following import followed
 
 EVENTS = [sys.executable, "-m", "moai_flow.memory", "events"]
@@ -40,8 +41,18 @@ def url(request: pytest.FixtureRequest, path: Path) -> str:
     return url_of(request.param, path, request)
 
 
-def event(agent: str, kind: EventType = EventType.SPAWN, **more: object) -> dict[str, object]:
-    return {"event_type": kind, "agent_id": agent, "agent_type": "x", **more}
+def event(
+    agent: str,
+    kind: EventType = EventType.SPAWN,
+    *,
+    agent_type: str = "x",
+    timestamp: str | None = None,
+    metadata: dict[str, Any] | None = None,
+) -> EventData:
+    made: EventData = {"event_type": kind, "agent_id": agent, "agent_type": agent_type, "metadata": metadata}
+    if timestamp is not None:
+        made["timestamp"] = timestamp
+    return made
 
 
 class Follower:
@@ -177,9 +188,10 @@ def test_lines_are_aligned_and_hold_no_control_characters(path: Path) -> None:
 
 def test_on_a_terminal_the_type_gives_way_and_errors_are_red(path: Path) -> None:
     with SwarmDB(path) as db:
-        db.insert_event({**event("461ba4f0-564c-4e18-9279-ac88383a584c", EventType.ERROR), "agent_type": "t" * 40})
-    for environment, begin in (({"NO_COLOR": "1"}, b"\x1b[1merror"), ({}, b"\x1b[1;31merror")):
-        with Terminal([*EVENTS, "--db", str(path), "-f"], **environment) as terminal:
+        db.insert_event(event("461ba4f0-564c-4e18-9279-ac88383a584c", EventType.ERROR, agent_type="t" * 40))
+    colours: list[tuple[dict[str, str], bytes]] = [({"NO_COLOR": "1"}, b"\x1b[1merror"), ({}, b"\x1b[1;31merror")]
+    for environment, begin in colours:
+        with Terminal([*EVENTS, "--db", str(path), "-f"], environment) as terminal:
             while b"\n" not in terminal.seen:
                 terminal.read()
             assert terminal.interrupt() == 130
@@ -207,8 +219,7 @@ def test_a_pipe_that_nobody_reads_any_more_ends_it_quietly(path: Path) -> None:
 def test_a_row_that_can_not_be_read_ends_it(path: Path, swarmdb: Command) -> None:
     with SwarmDB(path) as db:
         db.insert_event(event("bad"))
-        with db._get_connection() as connection:
-            connection.execute("UPDATE agent_events SET metadata = 'not JSON'")
+    execute(path, "UPDATE agent_events SET metadata = 'not JSON'")
     ran = swarmdb("events", "-f", "--db", path)
 
     assert (ran.status, ran.out) == (1, "")

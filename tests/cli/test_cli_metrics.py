@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from cli.running import Command, on_terminal
-from moai_flow.memory import SwarmDB
+from moai_flow.memory import SwarmDB, SwarmMetricType, TaskResult
 
 LONG_ID = "461ba4f0-564c-4e18-9279-ac88383a584c"
 METRICS = [sys.executable, "-m", "moai_flow.memory", "metrics"]
@@ -18,16 +18,15 @@ def measured(request: pytest.FixtureRequest, path: Path) -> str:
     """The URL of a store with metrics of three agents and a swarm, of an hour in 2025 and of just now."""
     url = request.getfixturevalue("postgres_url") if request.param == "postgresql" else f"sqlite:///{path}"
     with SwarmDB(url=url) as db:
-        for number, (agent, duration, result) in enumerate(
-            [
-                ("reviewer", 100, "success"),
-                ("reviewer", 200, "success"),
-                ("reviewer", 400, "timeout"),
-                (LONG_ID, 1_500, "failure"),
-            ]
-        ):
-            day = f"2025-11-30T10:0{number}:00Z"
-            db.store_task_metric(f"t-{number}", agent, duration, result, tokens_used=10, files_changed=2, timestamp=day)
+        tasks: list[tuple[str, int, TaskResult]] = [
+            ("reviewer", 100, TaskResult.SUCCESS),
+            ("reviewer", 200, TaskResult.SUCCESS),
+            ("reviewer", 400, TaskResult.TIMEOUT),
+            (LONG_ID, 1_500, TaskResult.FAILURE),
+        ]
+        for number, (agent, duration, result) in enumerate(tasks):
+            at = f"2025-11-30T10:0{number}:00Z"
+            db.store_task_metric(f"t-{number}", agent, duration, result, tokens_used=10, files_changed=2, timestamp=at)
         db.store_task_metric("t-new", "設計者", None, "success", tokens_used=1_000)
         for number in range(3):
             db.store_swarm_metric("swarm-1", "latency", number / 4, timestamp=f"2025-11-30T10:0{number}:00Z")
@@ -63,7 +62,7 @@ def test_json_has_what_the_facade_says(swarmdb: Command, measured: str) -> None:
 
     with SwarmDB(url=measured) as db:
         tasks, agents = db.summarize_tasks(), db.summarize_agents(order_by="count", descending=True)
-        latency = db.summarize_swarm("swarm-1").figures["latency"]
+        latency = db.summarize_swarm("swarm-1").figures[SwarmMetricType.LATENCY]
     assert answer["tasks"] == vars(tasks)
     assert answer["agents"] == [vars(agent) for agent in agents]
     assert answer["swarm"] == {

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from rich.cells import cell_len
 
-from cli.running import Command, Terminal
+from cli.running import Command, Terminal, execute
 from conftest import Clock, url_of
 from moai_flow.memory import SwarmDB
 from moai_flow.memory.cli import show
@@ -111,13 +111,11 @@ def test_the_screen_is_filled_to_its_size_and_follows_it(path: Path) -> None:
 
 @pytest.mark.usefixtures("interruptible")
 def test_a_look_that_fails_is_said_and_not_the_end(store: Path) -> None:
-    with SwarmDB(store) as db, Terminal([*TOP, "--db", str(store), "--interval", "0.1"]) as terminal:
+    with Terminal([*TOP, "--db", str(store), "--interval", "0.1"]) as terminal:
         assert "a-2" in "".join(terminal.until("a-2"))
-        with db._get_connection() as connection:
-            connection.execute("ALTER TABLE agent_registry RENAME TO elsewhere")
+        execute(store, "ALTER TABLE agent_registry RENAME TO elsewhere")
         failed = terminal.until("not read at")
-        with db._get_connection() as connection:
-            connection.execute("ALTER TABLE elsewhere RENAME TO agent_registry")
+        execute(store, "ALTER TABLE elsewhere RENAME TO agent_registry")
         while "not read" in (line := terminal.until("agents ")[3]):
             pass
         assert terminal.interrupt() == 0
@@ -157,7 +155,7 @@ def test_sigterm_gives_the_screen_back(store: Path) -> None:
 def test_colour_is_left_out_where_nobody_wants_it(
     *, environment: dict[str, str], is_colourful: bool, store: Path
 ) -> None:
-    with Terminal([*TOP, "--db", str(store)], **environment) as terminal:
+    with Terminal([*TOP, "--db", str(store)], environment) as terminal:
         terminal.until("a-2")
         terminal.interrupt()
 
@@ -166,7 +164,7 @@ def test_colour_is_left_out_where_nobody_wants_it(
 
 def test_a_terminal_that_can_not_be_written_over_gets_one_look(store: Path) -> None:
     for command, environment in ((TOP, {"TERM": "dumb"}), ([*TOP, "--once"], {})):
-        with Terminal([*command, "--db", str(store)], **environment) as terminal:
+        with Terminal([*command, "--db", str(store)], environment) as terminal:
             while terminal.read():
                 pass
             assert terminal.process.wait() == 0
@@ -213,15 +211,15 @@ def test_an_empty_store_has_nobody_at_work(swarmdb: Command, path: Path) -> None
 
 def test_who_ended_long_ago_is_counted_but_not_shown(swarmdb: Command, path: Path, clock: Clock) -> None:
     with SwarmDB(path, clock=clock) as db:  # Long before now.
-        for agent, status in (("old-1", "complete"), ("old-2", "error")):
-            db.register_agent(agent, "x", status)
+        db.register_agent("old-1", "x", "complete")
+        db.register_agent("old-2", "x", "error")
         db.register_agent("old-3", "x")
         db.store_task_metric("t", "old-3", 1, "success")
     with SwarmDB(path) as db:
-        for agent, status in (("new-1", "error"), ("new-2", "complete"), ("new-3", "running")):
-            db.register_agent(agent, "x", status)
-        with db._get_connection() as connection:
-            connection.execute("UPDATE agent_registry SET status = 'paused' WHERE agent_id = 'old-1'")
+        db.register_agent("new-1", "x", "error")
+        db.register_agent("new-2", "x", "complete")
+        db.register_agent("new-3", "x", "running")
+        execute(path, "UPDATE agent_registry SET status = 'paused' WHERE agent_id = 'old-1'")
     lines = swarmdb("top", "--db", path).out.splitlines()
 
     assert lines[1] == "agents       1 spawned, 1 running, 1 complete, 2 error, 1 paused; 1 stale"
@@ -244,11 +242,9 @@ def test_of_many_that_ended_the_newest_are_read(swarmdb: Command, path: Path) ->
     assert [row[0] for row in rows(lines[:-1])] == [f"a-{number}" for number in range(229, 29, -1)]
 
 
-def test_ages_are_in_their_two_largest_units(swarmdb: Command, path: Path, clock: Clock) -> None:
-    from moai_flow.memory.cli.top import _span
-
+def test_ages_are_in_their_two_largest_units() -> None:
     for seconds, shown in ((-1, "0s"), (59, "59s"), (60, "1m00s"), (3599, "59m59s"), (3600, "1h00m"), (86400, "1d00h")):
-        assert _span(timedelta(seconds=seconds)) == shown
+        assert show.span(timedelta(seconds=seconds)) == shown
 
 
 @pytest.mark.parametrize(

@@ -285,8 +285,8 @@ def _table(agents: list[Seen], now: datetime, width: int | None) -> Table:
     """Return a line for each agent. Where there is no room for the whole of their ids and types, those are cut."""
     fixed: list[_Shown] = [
         ("state", "left", [Text(show.visible(one.state), _STYLES.get(one.state, "")) for one in agents]),
-        ("age", "right", [Text(_span(now - one.agent.spawned_at)) for one in agents]),
-        ("last\nheard", "right", [Text(_span(now - one.agent.last_updated)) for one in agents]),
+        ("age", "right", [Text(show.span(now - one.agent.spawned_at)) for one in agents]),
+        ("last\nheard", "right", [Text(show.span(now - one.agent.last_updated)) for one in agents]),
         ("tasks\n/min", "right", [Text(_rate(one.rates.tasks)) for one in agents]),
         (
             "fails\n/min",
@@ -339,14 +339,3 @@ def _rate(count: int) -> str:
     if rate >= 1e6:
         return f"{rate / 1e6:,.1f}M"
     return f"{rate:,.0f}" if rate >= 100 else f"{rate:.1f}"
-
-
-def _span(span: timedelta) -> str:
-    """Return a length of time in its two largest units."""
-    seconds = max(int(span.total_seconds()), 0)
-    minutes, hours, days = seconds // 60, seconds // 3600, seconds // 86400
-    if not minutes:
-        return f"{seconds}s"
-    if not hours:
-        return f"{minutes}m{seconds % 60:02}s"
-    return f"{hours}h{minutes % 60:02}m" if not days else f"{days}d{hours % 24:02}h"
