@@ -101,7 +101,6 @@ def test_a_file_that_is_no_database_of_ours_stays_as_it_is(
         (["metrics", "--last", "1h", "--until", "2025-11-01"], "until: got '2025-11-01'"),
         (["metrics", "--agent", "nobody"], "no agent 'nobody': it has no metrics"),
         (["metrics", "--agent", ""], "no agent '': it has no metrics"),
-        (["top", "--interval", "nan"], "--interval: got nan"),
         (["cleanup", "--days", "-1"], "days: got -1"),
         (["backup", "."], "path: got '.'"),
         (["backup", "swarm.db"], "not the database itself"),

@@ -101,27 +101,34 @@ def test_events_of_other_processes_come_once_and_in_order(url: str) -> None:
 
 def test_an_event_that_is_committed_while_following_begins_is_not_missed(postgres_url: str) -> None:
     shown: list[str] = []
+    has_begun = threading.Event()
 
     def follow() -> None:
         with SwarmDB(url=postgres_url) as watching:
-            shown.extend(one.agent_id for one in islice(followed(watching, None, None, 10, None), 3))
+            for one in followed(watching, None, None, 10, None):
+                shown.append(one.agent_id)
+                has_begun.set()
+                if one.agent_id == "last":
+                    return
 
     with SwarmDB(url=postgres_url) as db, SwarmDB(url=postgres_url) as other:
         follower = threading.Thread(target=follow)
         with db.transaction():
-            db.insert_event(event("committed last"))
-            other.insert_event(event("committed first"))
+            db.insert_event(event("committed late"))
+            other.insert_event(event("committed"))
             follower.start()
             # It has found that somebody is writing.
             looks = "SELECT count(*) FROM pg_stat_activity WHERE query LIKE '%pg_locks%' AND pid <> pg_backend_pid()"
-            while True:
+            has_looked = False
+            while not has_looked and not has_begun.is_set():
                 with other.session(readonly=True) as session:
-                    if session.connection().execute(text(looks)).scalar_one():
-                        break
-        db.insert_event(event("later"))
+                    has_looked = bool(session.connection().execute(text(looks)).scalar_one())
+            other.insert_event(event("meanwhile"))
+        has_begun.wait()
+        db.insert_event(event("last"))
         follower.join()
 
-    assert shown == ["committed last", "committed first", "later"]
+    assert shown == ["committed late", "committed", "meanwhile", "last"]
 
 
 def test_filters_hold_for_what_was_and_for_what_comes(url: str) -> None:

@@ -232,6 +232,15 @@ def test_who_ended_long_ago_is_counted_but_not_shown(swarmdb: Command, path: Pat
     ]
 
 
+def test_those_at_work_are_shown_busiest_first(swarmdb: Command, path: Path) -> None:
+    with SwarmDB(path) as db:
+        for agent, tasks, failures in (("a", 0, 0), ("b", 2, 0), ("c", 2, 1), ("d", 3, 0), ("e", 2, 0)):
+            db.register_agent(agent, "x", "running")
+            for number in range(tasks):
+                db.store_task_metric(f"{agent}-{number}", agent, 1, "failure" if number < failures else "success")
+    assert [row[0] for row in rows(swarmdb("top", "--db", path).out.splitlines())] == ["d", "c", "b", "e", "a"]
+
+
 def test_of_many_that_ended_the_newest_are_read(swarmdb: Command, path: Path) -> None:
     with SwarmDB(path) as db, db.transaction():
         for number in range(230):
@@ -264,7 +273,7 @@ def test_a_name_that_is_cut_keeps_both_ends(name: str, width: int, shown: str) -
 
 
 @pytest.mark.parametrize(
-    "option", ["--interval=0", "--interval=inf", "--stale-after=0", "--stale-after=1e3", "--limit=0"]
+    "option", ["--interval=0", "--interval=inf", "--interval=nan", "--stale-after=0", "--stale-after=1e3", "--limit=0"]
 )
 def test_what_makes_no_sense_is_wrong_usage(option: str, swarmdb: Command, store: Path) -> None:
     ran = swarmdb("top", "--db", store, option)

@@ -397,14 +397,13 @@ def top(
     db: Database = None,
 ) -> None:
     """Watch a swarm at work, what needs attention first, until ctrl-C. Without a terminal it looks once."""
-    pause = inputs.number(interval, field="--interval")
     silence = timedelta(seconds=stale_after)
     with _opened(db) as store:
         place = str(_locate(db))
         if once or not screen.is_live():
             screen.once(store, place, limit, silence)
         else:
-            screen.watch(store, place, limit, silence, pause)
+            screen.watch(store, place, limit, silence, interval)
 
 
 memory = typer.Typer(no_args_is_help=True)
