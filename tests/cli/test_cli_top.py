@@ -129,7 +129,7 @@ def test_a_look_that_fails_is_said_and_not_the_end(store: Path) -> None:
 def test_a_database_that_is_busy_is_shown_so_until_it_is_not(postgres_url: str) -> None:
     with SwarmDB(url=postgres_url) as db:
         db.register_agent("a-1", "x", "running")
-    with SwarmDB(url=postgres_url) as db, Terminal([*TOP, "--db", postgres_url]) as terminal:
+    with SwarmDB(url=postgres_url) as db, Terminal([*TOP, "--db", postgres_url, "--interval", "0.1"]) as terminal:
         terminal.until("a-1")
         with db.session() as session:
             session.connection().exec_driver_sql("LOCK TABLE agent_registry")

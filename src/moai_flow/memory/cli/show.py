@@ -88,15 +88,13 @@ def table(
     cells = [tuple(map(_cell, row)) for row in rows]
     terminal = console()
     if expendable:
-        widths = [_width(heading, [row[at] for row in cells]) for at, heading in enumerate(kept)]
-        places = {heading.header: at for at, heading in enumerate(kept)}
-        chosen = set(range(len(kept)))
-        for heading in expendable if terminal.is_terminal else ():
-            if _total(widths[at] for at in chosen) > terminal.width:
-                chosen.discard(places[heading])
-        kept = [kept[at] for at in sorted(chosen)]
-        cells = [tuple(row[at] for at in sorted(chosen)) for row in cells]
-        if not terminal.is_terminal:
+        widths = [_width(column, [row[place] for row in cells]) for place, column in enumerate(kept)]
+        if terminal.is_terminal:
+            headings = [str(column.header) for column in kept]
+            places = _fitting(headings, widths, expendable, terminal.width)
+            kept = [kept[place] for place in places]
+            cells = [tuple(row[place] for place in places) for row in cells]
+        else:
             terminal = console(width=max(terminal.width, _total(widths)))
     grid = Table(*kept, title=title, box=SIMPLE_HEAD, show_edge=False, title_justify="left", title_style="bold")
     for row in cells:
@@ -106,6 +104,15 @@ def table(
         if column.overflow == "fold" and longest > _NAME_WIDTH:
             column.no_wrap, column.min_width = False, _NAME_WIDTH if column.no_wrap else None
     terminal.print(grid if grid.row_count else f"{title}: none", "", sep="\n")
+
+
+def _fitting(headings: Sequence[str], widths: Sequence[int], expendable: Iterable[str], room: int) -> list[int]:
+    """Return the places of the columns that are kept in so much room."""
+    kept = dict(zip(headings, widths, strict=True))
+    for heading in expendable:
+        if _total(kept.values()) > room:
+            del kept[heading]
+    return [place for place, heading in enumerate(headings) if heading in kept]
 
 
 def _width(column: Column, cells: Iterable[str]) -> int:

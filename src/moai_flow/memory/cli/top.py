@@ -40,9 +40,13 @@ _MOST_ENDED = 200
 #: How soon a terminal of another size is noticed, in seconds.
 _BLINK = 0.1
 
+_TITLE = "swarmdb top  "
 _FAILED = (TaskResult.FAILURE, TaskResult.TIMEOUT)
 _STALE = "stale"
 _STYLES = {_STALE: "bold red", "running": "green", "spawned": "cyan", "error": "red", "complete": "dim"}
+
+#: How many lines are above the first agent's.
+_LINES_ABOVE = 6
 
 #: How little of a type is shown where there is no room, in cells.
 _NARROW_TYPE = 12
@@ -119,12 +123,10 @@ def look(db: SwarmDB, name: str, stale_after: timedelta) -> Look:
             col(RegisteredAgent.status).in_([AgentStatus.COMPLETE, AgentStatus.ERROR]),
             col(RegisteredAgent.complete_time) >= (now - WINDOW).timestamp(),
         )
-        ended_ones = select(func.count()).select_from(RegisteredAgent).where(*has_ended)
-        count_of_ended = session.exec(ended_ones).one()
+        count_of_ended = session.exec(select(func.count()).select_from(RegisteredAgent).where(*has_ended)).one()
         newest_end_first = (col(RegisteredAgent.complete_time).desc(), col(RegisteredAgent.agent_id))
-        ended = session.exec(select(RegisteredAgent).where(*has_ended).order_by(*newest_end_first).limit(_MOST_ENDED))
-        # What comes out of a session belongs to it, so it is read to the end here.
-        ended_agents = list(ended.all())
+        newest = select(RegisteredAgent).where(*has_ended).order_by(*newest_end_first).limit(_MOST_ENDED)
+        ended = list(session.exec(newest).all())
         summaries = db.summarize_agents(since=now - WINDOW)
     rates = {summary.agent_id: Rates.of(summary) for summary in summaries}
 
@@ -134,9 +136,9 @@ def look(db: SwarmDB, name: str, stale_after: timedelta) -> Look:
     silent = {agent.agent_id for agent in stale}
     at_work = [seen(agent, agent.status) for agent in active if agent.agent_id not in silent]
     at_work.sort(key=lambda one: (-one.rates.tasks, -one.rates.failures, one.agent.agent_id))
-    ended_agents.sort(key=lambda agent: agent.status != AgentStatus.ERROR)
-    agents = [seen(agent, _STALE) for agent in stale] + at_work + [seen(agent, agent.status) for agent in ended_agents]
-    return Look(now, states, len(stale), agents, count_of_ended - len(ended_agents), Rates.of(*summaries))
+    ended.sort(key=lambda agent: agent.status != AgentStatus.ERROR)
+    agents = [seen(agent, _STALE) for agent in stale] + at_work + [seen(agent, agent.status) for agent in ended]
+    return Look(now, states, len(stale), agents, count_of_ended - len(ended), Rates.of(*summaries))
 
 
 class Screen:
@@ -164,18 +166,18 @@ class Screen:
         last = self.last
         at = "" if last is None else f"{last.at:%Y-%m-%d %H:%M:%S} UTC  "
         name = show.visible(self._name)
-        yield _line(
-            ("swarmdb top  ", "bold"), at, name if width is None else show.shortened(name, width - 13 - len(at))
-        )
+        if width is not None:
+            name = show.shortened(name, width - len(_TITLE) - len(at))
+        yield _line((_TITLE, "bold"), at, name)
         if last is not None:
             yield _line("agents       ", *_states(last))
             yield _line("each minute  ", *_rates(last.rates))
         yield _line((self.problem or "", "bold red"))
         if last is None:
             return
-        room = len(last.agents) if height is None else max(height - 6, 1)
+        room = len(last.agents) if height is None else max(height - _LINES_ABOVE, 1)
         if height is not None and len(last.agents) + last.unread > room:
-            room -= 1
+            room -= 1  # The last line says how many there are.
         shown = last.agents[: room if self._limit is None else min(room, self._limit)]
         if shown:
             yield _table(shown, last.at, width)
@@ -288,11 +290,7 @@ def _table(agents: list[Seen], now: datetime, width: int | None) -> Table:
         ("age", "right", [Text(show.span(now - one.agent.spawned_at)) for one in agents]),
         ("last\nheard", "right", [Text(show.span(now - one.agent.last_updated)) for one in agents]),
         ("tasks\n/min", "right", [Text(_rate(one.rates.tasks)) for one in agents]),
-        (
-            "fails\n/min",
-            "right",
-            [_failures(one.rates) for one in agents],
-        ),
+        ("fails\n/min", "right", [_failures(one.rates) for one in agents]),
         ("tokens\n/min", "right", [Text(_rate(one.rates.tokens)) for one in agents]),
     ]
     taken = sum(1 + max(_width(heading), *map(cell_len, map(str, cells))) for heading, _, cells in fixed)
