@@ -1,5 +1,7 @@
 """What the tests of the command may ask for."""
 
+import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -36,3 +38,11 @@ def store(path: Path) -> Path:
         db.store_memory("s-1", "context_hint", "tone", {"terse": True}, ttl_hours=24)
         db.store_task_metric("t-1", "a-1", 12, "success")
     return path
+
+
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Take interrupts, and have children take them, even where the tests run in the background of a shell."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)

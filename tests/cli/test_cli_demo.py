@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from multiprocessing import resource_tracker, spawn
 from pathlib import Path
 
@@ -155,14 +154,6 @@ def test_an_interrupt_ends_every_agent(tmp_path: Path) -> None:
         assert "Traceback" not in err
         assert {agent.status for agent in db.list_agents()} == {"complete"}
         assert 0 < len(db.get_task_metrics(limit=3000)) < 3000
-
-
-@pytest.fixture
-def interruptible() -> Iterator[None]:
-    """Take interrupts, and have children take them, even where the tests run in the background of a shell."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.usefixtures("interruptible")

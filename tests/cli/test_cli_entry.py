@@ -18,6 +18,8 @@ COMMANDS = [
     "status",
     "agents",
     "events",
+    "metrics",
+    "top",
     "memory",
     "cleanup",
     "migrate",

@@ -1,21 +1,15 @@
 """Commands that look into a database."""
 
 import sqlite3
-from contextlib import closing
 from pathlib import Path
 
 import pytest
 
-from cli.running import Command
+from cli.running import Command, execute
 from moai_flow.memory import AgentEvent, RegisteredAgent, SwarmDB
 from moai_flow.memory.models import columns
 
 LONG_ID = "461ba4f0-564c-4e18-9279-ac88383a584c"
-
-
-def execute(path: Path, statement: str, *parameters: object) -> None:
-    with closing(sqlite3.connect(path)) as connection, connection:
-        connection.execute(statement, parameters)
 
 
 def insert_event(path: Path, event_type: str, timestamp: str, metadata: str = "{}") -> None:

@@ -32,7 +32,8 @@ from moai_flow.memory import (
     SwarmDBError,
     inputs,
 )
-from moai_flow.memory.cli import copying, exporting, show
+from moai_flow.memory.cli import copying, exporting, figures, following, show
+from moai_flow.memory.cli import top as screen
 from moai_flow.memory.cli.demo import report, watch
 from moai_flow.memory.cli.failures import in_one_line
 from moai_flow.memory.cli.swarm import Plan, files_of
@@ -312,7 +313,10 @@ def events(
         str | None,
         _one_of(EventType, "--type", "Only events of this type"),
     ] = None,
-    limit: Annotated[int, typer.Option(help="How many at most.")] = 100,
+    limit: Annotated[
+        int | None,
+        typer.Option(help="How many at most: 100, or with --follow 10 to begin with.", show_default=False),
+    ] = None,
     since: Annotated[
         str | None,
         typer.Option(metavar="TIME", help="Only events at or after this time, in ISO-8601."),
@@ -320,13 +324,21 @@ def events(
     until: Annotated[
         str | None, typer.Option(metavar="TIME", help="Only events before this time, in ISO-8601.")
     ] = None,
+    follow: Annotated[
+        bool, typer.Option("--follow", "-f", help="Print the newest, oldest first, and then each new one as it comes.")
+    ] = False,
     db: Database = None,
     as_json: AsJSON = False,
 ) -> None:
     """List events, newest first. A time without a zone is local time."""
+    if follow and until is not None:
+        raise typer.BadParameter("what is followed has no end; ctrl-C ends it.", param_hint="--until")
     with _opened(db) as store:
         kind = _recognised_filter(store, EventType, event_type, col(AgentEvent.event_type), "--type")
-        found = store.get_events(agent, kind, limit, since=since, until=until)
+        if follow:
+            following.follow(store, agent, kind, 10 if limit is None else limit, since, as_json=as_json)
+            return
+        found = store.get_events(agent, kind, 100 if limit is None else limit, since=since, until=until)
     if as_json:
         show.as_json(found)
         return
@@ -338,6 +350,60 @@ def events(
             for event in found
         ),
     )
+
+
+@app.command()
+def metrics(
+    *,
+    agent: Annotated[str | None, typer.Option(metavar="ID", help="Only metrics of this agent.")] = None,
+    swarm: Annotated[str | None, typer.Option(metavar="ID", help="The figures of this swarm as well.")] = None,
+    since: Annotated[
+        str | None,
+        typer.Option(metavar="TIME", help="Only metrics at or after this time, in ISO-8601."),
+    ] = None,
+    until: Annotated[
+        str | None, typer.Option(metavar="TIME", help="Only metrics before this time, in ISO-8601.")
+    ] = None,
+    last: Annotated[
+        str | None, typer.Option(metavar="DURATION", help="Only metrics since so long ago: 30m, 1h or 7d.")
+    ] = None,
+    by: Annotated[figures.By, typer.Option(help="By which column agents are put in order.")] = figures.By.TASKS,
+    limit: Annotated[int, typer.Option(min=0, help="How many agents at most.")] = 20,
+    db: Database = None,
+    as_json: AsJSON = False,
+) -> None:
+    """Show what the metrics come to: of all tasks, of each agent, of a swarm. A time without a zone is local time."""
+    if last is not None and since is not None:
+        raise typer.BadParameter("it says since when, as --since does.", param_hint="--last")
+    begin = since if last is None else figures.ago(last, datetime.now(UTC))
+    with _opened(db) as store:
+        figures.metrics(store, agent=agent, swarm=swarm, since=begin, until=until, by=by, limit=limit, as_json=as_json)
+
+
+@app.command()
+def top(
+    *,
+    interval: Annotated[
+        float, typer.Option(metavar="SECONDS", min=0.1, max=3600, help="How long it waits between two looks.")
+    ] = 2,
+    once: Annotated[bool, typer.Option("--once", help="Print one look, and end.")] = False,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="How many agents at most. Default: as many as fit.", show_default=False)
+    ] = None,
+    stale_after: Annotated[
+        int,
+        typer.Option(metavar="SECONDS", min=1, max=10**9, help="For how long a stale agent has not been heard of."),
+    ] = 60,
+    db: Database = None,
+) -> None:
+    """Watch a swarm at work, what needs attention first, until ctrl-C. Without a terminal it looks once."""
+    silence = timedelta(seconds=stale_after)
+    with _opened(db) as store:
+        place = str(_locate(db))
+        if once or not screen.is_live():
+            screen.once(store, place, limit, silence)
+        else:
+            screen.watch(store, place, limit, silence, interval)
 
 
 memory = typer.Typer(no_args_is_help=True)
