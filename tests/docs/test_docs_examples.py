@@ -10,7 +10,8 @@ from pytest_examples import CodeExample, EvalExample, find_examples
 from conftest import REPOSITORY
 
 PAGES = [REPOSITORY / "README.md", REPOSITORY / "CHANGELOG.md", *sorted((REPOSITORY / "docs").rglob("*.md"))]
-EXAMPLES = list(find_examples(*PAGES))
+# What a page takes from a file is run from there.
+EXAMPLES = [example for example in find_examples(*PAGES) if "--8<--" not in example.source]
 README_PROGRAM = next(example for example in EXAMPLES if example.path.name == "README.md")
 
 
