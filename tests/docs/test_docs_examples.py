@@ -9,7 +9,8 @@ from pytest_examples import CodeExample, EvalExample, find_examples
 
 from conftest import REPOSITORY
 
-PAGES = [REPOSITORY / "README.md", REPOSITORY / "CHANGELOG.md", *sorted((REPOSITORY / "docs").rglob("*.md"))]
+SKILL = REPOSITORY / "src" / "moai_flow" / "memory" / ".agents" / "skills" / "swarmdb" / "SKILL.md"
+PAGES = [SKILL, REPOSITORY / "README.md", REPOSITORY / "CHANGELOG.md", *sorted((REPOSITORY / "docs").rglob("*.md"))]
 # What a page takes from a file is run from there.
 EXAMPLES = [example for example in find_examples(*PAGES) if "--8<--" not in example.source]
 README_PROGRAM = next(example for example in EXAMPLES if example.path.name == "README.md")
@@ -46,3 +47,12 @@ def test_the_first_program_of_the_readme_passes_mypy_in_strict_mode(tmp_path: Pa
 
 def test_the_first_program_of_the_readme_has_ten_lines_at_most() -> None:
     assert len([line for line in README_PROGRAM.source.splitlines() if line and "#>" not in line]) <= 10
+
+
+def test_the_skill_for_coding_agents_is_short_and_says_what_it_is_for() -> None:
+    lines = SKILL.read_text().splitlines()
+
+    assert len(lines) < 150
+    assert lines[:2] == ["---", "name: swarmdb"]
+    assert lines[2].startswith("description: ")
+    assert "moai_flow.memory" in lines[2]

@@ -131,3 +131,11 @@ def test_pages_load_nothing_from_elsewhere(site: Path) -> None:
 
 def test_what_builds_the_site_is_not_part_of_it(site: Path) -> None:
     assert list(site.rglob("*.py")) == []
+
+
+def test_llms_txt_has_every_guide_and_no_dead_link(site: Path) -> None:
+    links = re.findall(r"\]\(([^)]+)\)", (site / "llms.txt").read_text())
+
+    assert {link for link in links if not (site / link / "index.html").exists()} == set()
+    guides = {f"guides/{page.stem}/" for page in (REPOSITORY / "docs" / "guides").glob("*.md")}
+    assert guides - set(links) == set()
