@@ -3,6 +3,7 @@
 import html
 import inspect
 import re
+import runpy
 import subprocess
 import sys
 import zlib
@@ -139,3 +140,9 @@ def test_llms_txt_has_every_guide_and_no_dead_link(site: Path) -> None:
     assert {link for link in links if not (site / link / "index.html").exists()} == set()
     guides = {f"guides/{page.stem}/" for page in (REPOSITORY / "docs" / "guides").glob("*.md")}
     assert guides - set(links) == set()
+
+
+def test_the_picture_of_the_tables_is_up_to_date() -> None:
+    drawn = runpy.run_path(str(REPOSITORY / "docs" / "_extensions" / "tables.py"))
+
+    assert drawn["TARGET"].read_text() == drawn["draw"]()
