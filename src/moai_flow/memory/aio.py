@@ -403,6 +403,10 @@ class _Block(AbstractAsyncContextManager[T], Generic[Q, T]):
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        if not _has_loop():  # The coroutine was destroyed: the worker undoes what it finds open.
+            self._db._pinned.pop(self._task, None)  # type: ignore[arg-type]
+            self._pin.release()
+            return
         await self._left(None if error is None else _Undo)
 
     def run(self, work: Callable[[], V]) -> Coroutine[Any, Any, V]:
@@ -446,6 +450,14 @@ class _Block(AbstractAsyncContextManager[T], Generic[Q, T]):
 
 class _Undo(Exception):  # noqa: N818 (it is no error, and nobody sees it)
     """Stands in a worker for the exception by which a task has left its block."""
+
+
+def _has_loop() -> bool:
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return False
+    return True
 
 
 class AsyncTrackedAgent:
@@ -505,13 +517,15 @@ class _Tracking(AbstractAsyncContextManager[T], Generic[K, T]):
         try:
             return self._wrap(self._db, await self._db._done(self._enter))
         except BaseException as error:
-            if self._tracked is not None:  # It was entered when its task was cancelled.
+            if isinstance(self._tracked, TrackedAgent):  # It was registered when its task was cancelled.
                 await self.__aexit__(type(error), error, error.__traceback__)
             raise
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        if not _has_loop():
+            return  # The coroutine was destroyed, as if the process had been.
         tracked, pinned = self._tracked, self._db._own_pin()
         assert tracked is not None
         tracked._end()  # Waiting for a worker is no part of it.

@@ -201,22 +201,22 @@ class Job(Generic[T]):
 
     def _settle(self) -> None:
         self._state = _State.ENDED
+        # The worker may have the job for a moment longer, and is to have nothing else.
+        future = self._future
+        del self._future
         error, self._error = self._error, None
-        try:
-            if self._future.done():
-                pass
-            elif error is None:
-                self._future.set_result(self._result)  # type: ignore[arg-type]
-            elif isinstance(error, StopIteration):  # A future refuses it, since a coroutine can't raise it.
-                raised = RuntimeError("a StopIteration can't be raised into a coroutine")
-                raised.__cause__ = error
-                self._future.set_exception(raised)
-            else:
-                self._future.set_exception(error)
-        finally:
-            self._result = None
-            if self._end is not None and not self._end.done():
-                self._end.set_result(None)
+        result, self._result = self._result, None
+        if isinstance(error, StopIteration):  # A future refuses it, since a coroutine can't raise it.
+            stopped, error = error, RuntimeError("a call raised StopIteration, which no coroutine can")
+            error.__cause__ = stopped
+        if future.done():
+            pass  # Nobody waits for it any more.
+        elif error is None:
+            future.set_result(result)  # type: ignore[arg-type]
+        else:
+            future.set_exception(error)
+        if self._end is not None and not self._end.done():
+            self._end.set_result(None)
 
     async def wait(self, patience: float | None = None) -> T:
         """Return what the work returns, or raise what it raises; if cancelled, once its fate is decided.
@@ -227,9 +227,10 @@ class Job(Generic[T]):
         Raises:
             BusyError: If it was dropped.
         """
+        future = self._future
         timer = None if patience is None else self._loop.call_later(patience, self._expire)
         try:
-            return await self._future
+            return await future
         except CancelledError:
             self._give_up()
             while not self._is_decided():
@@ -237,17 +238,17 @@ class Job(Generic[T]):
                     await self._ended()
             raise
         except GeneratorExit:  # Nobody can wait here any more.
-            self._future.cancel()
+            future.cancel()
             self._give_up()
             raise
         finally:
             if timer is not None:
                 timer.cancel()
-            del self, timer  # The error's traceback has this frame.
+            del self, future, timer  # The error's traceback has this frame.
 
     async def wait_to_the_end(self) -> T:
         """Return what the work returns, or raise what it raises; if cancelled, once it has been done all the same."""
-        cancellation = None
+        future, cancellation = self._future, None
         try:
             while not self._is_decided():
                 try:
@@ -255,13 +256,13 @@ class Job(Generic[T]):
                 except CancelledError as error:
                     cancellation = error
             if cancellation is not None:
-                raise cancellation from self._future.exception()
-            return self._future.result()
+                raise cancellation from future.exception()
+            return future.result()
         except GeneratorExit:
-            self._future.cancel()
+            future.cancel()
             raise
         finally:
-            del self, cancellation
+            del self, future, cancellation
 
     async def look_on(self) -> T:
         """Return what the work returns, or raise what it raises; if cancelled, at once, and it is done all the same."""
@@ -336,9 +337,19 @@ class Pinned:
                 return self._jobs.get(timeout=_LOOK)
             except Empty:
                 loop = self._loop()
-                if loop is None or loop.is_closed() or not threading.main_thread().is_alive():
+                if loop is None or loop.is_closed() or _interpreter_is_ending():
                     return None
                 del loop
+
+
+def _interpreter_is_ending() -> bool:
+    """Whether the interpreter waits for its pools' threads to end, as it does before anything else says that it ends."""
+    try:
+        with ThreadPoolExecutor(1, "swarmdb-look") as pool:
+            pool.submit(int)
+    except RuntimeError:
+        return True
+    return False
 
 
 class Workers:
