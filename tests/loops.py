@@ -61,4 +61,4 @@ def at_work(db: AsyncSwarmDB, work: Callable[[SwarmDB], T]) -> tuple["asyncio.Ta
         begun.set()
         return work(store)
 
-    return asyncio.create_task(db._do(begin)), begun  # type: ignore[arg-type]
+    return asyncio.create_task(db._do(begin)), begun

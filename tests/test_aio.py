@@ -114,7 +114,7 @@ def test_the_file_is_known_once_it_is_open(path: Path) -> None:
     async def main() -> None:
         db = AsyncSwarmDB(path)
         with pytest.raises(StorageError):
-            assert db.db_path
+            _ = db.db_path
         async with db:
             assert db.db_path == path
 
@@ -126,15 +126,21 @@ def test_the_file_is_known_once_it_is_open(path: Path) -> None:
 
 def test_unknown_parameters_are_refused_at_the_call_and_bad_values_where_it_is_opened(path: Path) -> None:
     with pytest.raises(TypeError):
-        AsyncSwarmDB(path, colour="red")
+        AsyncSwarmDB(path, colour="red")  # type: ignore[call-arg]
 
     async def main() -> None:
-        for options in ({"pool_size": 0}, {"pool_size": "many"}, {"busy_timeout": "long"}, {"durability": "low"}):
+        refused: list[dict[str, Any]] = [
+            {"pool_size": 0},
+            {"pool_size": "many"},
+            {"busy_timeout": "long"},
+            {"durability": "low"},
+        ]
+        for options in refused:
             with pytest.raises(InvalidInputError):
-                async with AsyncSwarmDB(path, **options):  # type: ignore[arg-type]
+                async with AsyncSwarmDB(path, **options):
                     pass
             with pytest.raises(InvalidInputError):
-                await AsyncSwarmDB(path, **options).schema_version  # type: ignore[arg-type]
+                await AsyncSwarmDB(path, **options).schema_version
 
     asyncio.run(main())
     assert not path.exists()
@@ -533,7 +539,7 @@ def test_a_task_that_waits_in_its_transaction_for_one_that_waits_for_its_worker_
             await db.register_agent("a", "t")
             for other in (db.list_agents(), _register(db, "b")):
                 with pytest.raises(BusyError, match="workers"):
-                    await asyncio.create_task(other)  # type: ignore[arg-type]
+                    await asyncio.create_task(other)
         assert len(await db.list_agents()) == 1
         await _register(db, "b")
 
@@ -611,7 +617,7 @@ def test_a_watcher_sees_events_as_they_come_and_another_goes_on_where_it_was(url
 def test_a_watcher_that_waits_takes_no_worker_ends_at_once_and_loses_nothing(url: str) -> None:
     async def scenario(db: AsyncSwarmDB) -> None:
         watching = db.watch_events(0, poll=3600)
-        waiting = asyncio.create_task(anext(watching))  # type: ignore[arg-type]
+        waiting = asyncio.create_task(take(watching, 1))
         await until(lambda: watching._begun is not None and watching._begun[1].pause > 0)  # type: ignore[attr-defined]
         with pytest.raises(RuntimeError, match="another task"):
             await anext(watching)

@@ -6,7 +6,8 @@ import logging
 import random
 import threading
 from collections.abc import Awaitable, Callable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -25,23 +26,13 @@ def event(agent_id: str) -> EventData:
     return {"event_type": "spawn", "agent_id": agent_id, "agent_type": "t"}
 
 
+@contextmanager
 def locked(url: str) -> Iterator[None]:
     """Keep others from writing agents and events."""
     with SwarmDB(url=url) as other, other.transaction() as conn:
         if "postgresql" in url:
             conn.execute("LOCK agent_registry, agent_events")
         yield
-
-
-class Locked:
-    def __init__(self, url: str) -> None:
-        self._steps = locked(url)
-
-    def __enter__(self) -> None:
-        next(self._steps)
-
-    def __exit__(self, *error: object) -> None:
-        next(self._steps, None)
 
 
 CALLS: dict[str, Callable[[AsyncSwarmDB], Awaitable[Any]]] = {
@@ -62,13 +53,13 @@ async def _in_a_transaction(db: AsyncSwarmDB) -> None:
 def test_a_call_that_waits_for_another_writer_is_cut_off_and_writes_nothing_later(shared_url: str, name: str) -> None:
     async def scenario(db: AsyncSwarmDB) -> None:
         await db.list_agents()
-        with Locked(shared_url):
+        with locked(shared_url):
             with pytest.raises(TimeoutError):
                 async with asyncio.timeout(0.1):
                     await CALLS[name](db)
             task = asyncio.ensure_future(CALLS[name](db))
             await until(lambda: db._workers._busy == 1)
-            assert await cancelled(task)  # type: ignore[arg-type]
+            assert await cancelled(task)
             await until(lambda: db._workers._busy == 0)
         await db.register_agent("next", "t")
         assert [agent.agent_id for agent in await db.list_agents()] == ["next"]
@@ -251,20 +242,19 @@ def test_a_copy_of_memory_waits_for_a_writer_as_long_as_other_calls(tmp_path: Pa
 
 
 def test_old_rows_are_removed_though_the_call_that_it_happens_in_is_given_up(
-    url: str, clock: Clock, caplog: pytest.LogCaptureFixture
+    url: str, clock: Clock, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    begun, go_on, clean = threading.Event(), threading.Event(), SwarmDB._clean_few
+
+    def slowly(store: SwarmDB, now: datetime) -> datetime:
+        begun.set()
+        go_on.wait()
+        return clean(store, now)
+
     async def scenario(db: AsyncSwarmDB) -> None:
         await db.insert_events([event("old")] * 3)
         clock.advance(days=40)
-        assert db._db is not None
-        clean, begun, go_on = db._db._clean_few, threading.Event(), threading.Event()  # type: ignore[attr-defined]
-
-        def slowly(now: Any) -> Any:
-            begun.set()
-            go_on.wait()
-            return clean(now)
-
-        db._db._clean_few = slowly  # type: ignore[attr-defined]
+        monkeypatch.setattr(SwarmDB, "_clean_few", slowly)
         task = asyncio.ensure_future(db.register_agent("late", "t"))
         await until(begun.is_set)
         task.cancel()

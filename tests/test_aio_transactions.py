@@ -388,7 +388,7 @@ def test_a_block_whose_coroutine_is_destroyed_is_undone(url: str) -> None:
             task._log_destroy_pending = False  # type: ignore[attr-defined]
             coroutine = task.get_coro()
             with suppress(RuntimeError):
-                coroutine.close()  # type: ignore[union-attr]
+                coroutine.close()
             assert not db._pinned
         finally:
             sys.unraisablehook = hook

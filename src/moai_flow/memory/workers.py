@@ -343,7 +343,7 @@ class Pinned:
 
 
 def _interpreter_is_ending() -> bool:
-    """Whether the interpreter waits for its pools' threads to end, as it does before anything else says that it ends."""
+    """Whether the interpreter waits for the threads of pools, which it does before anything else says that it ends."""
     try:
         with ThreadPoolExecutor(1, "swarmdb-look") as pool:
             pool.submit(int)
