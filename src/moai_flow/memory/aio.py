@@ -604,10 +604,25 @@ class AsyncSwarmDB(_Worked):
     """`SwarmDB` for asyncio: each of its methods, awaited, with the same parameters, answers and errors.
 
     The work is done by as many worker threads as *pool_size* says, which belong to this object. It is opened by
-    ``async with`` or by its first call, and may be used by any number of tasks.
+    ``async with`` or by its first call, and may be used by any number of tasks, and by several event loops. An opening
+    that fails is tried again by the next call.
 
     A task that is cancelled while it awaits a call goes on when the call's fate is decided: what the call was to write
-    is written as a whole, or not at all, and nothing of it is written later.
+    is written as a whole, or not at all, and nothing of it is written later. Which of the two it was, the task has to
+    look up. Calls that are made of several transactions, such as `mark_stale_agents`, stop between two of them. What
+    waits for a lock, or works for long, is interrupted, so that this is soon; but not a copy that `backup` makes, nor,
+    on SQLite, a statement inside a transaction, nor anything on the caller's own *engine*: those are waited for.
+
+    A transaction has one worker for itself, and belongs to the task that entered it. Tasks that are started inside are
+    not part of it. Its end is not interrupted: cancelled there, the block has ended as it would, and then the
+    cancellation is raised. While transactions have all workers, other calls wait, for *busy_timeout* at most, and
+    raise `BusyError` then: so does a task that awaits, inside its transaction, another task's call that needs its
+    worker.
+
+    An iteration begins with its first step: that is where its parameters are checked, and where `watch_events` begins
+    by default. A step of `watch_events` that is cancelled loses no event, and the next step goes on; a cancelled
+    `iter_events` is over. What `track_task` and `track_agent` record, they record even if they are cancelled again
+    meanwhile.
 
     Examples:
         >>> import asyncio

@@ -268,6 +268,6 @@ def _for_server(location: Location, settings: Settings) -> Engine:
         )
         raw.commit()
         if cursors is not None:
-            raw.cursor_factory = cursors
+            raw.cursor_factory, raw.server_cursor_factory = cursors
 
     return engine

@@ -2,7 +2,7 @@
 
 import sqlite3
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
@@ -144,25 +144,15 @@ def patient_connections(patience: float, interrupts: Interrupts) -> type[Patient
 _LONGEST_CANCELLING = 5.0
 
 
-def patient_cursors(interrupts: Interrupts) -> type[Any]:
-    """Return a class of psycopg's cursors whose statements can be cancelled while they run."""
-    from psycopg import Cursor, Error  # Whoever connects to a server has imported psycopg.
+def patient_cursors(interrupts: Interrupts) -> tuple[type[Any], type[Any]]:
+    """Return the classes of psycopg's cursors, usual and on the server, whose statements can be cancelled."""
+    from psycopg import Cursor, Error, ServerCursor  # Whoever connects to a server has imported psycopg.
     from psycopg.errors import QueryCanceled
 
-    class Patient(Cursor[Any]):
-        def execute(self, query: Any, *arguments: Any, **options: Any) -> Any:
-            execute = super().execute
-            if isinstance(query, str) and query.startswith(("SAVEPOINT", *_ALWAYS)):
-                if query.startswith("SAVEPOINT") and not interrupts.may_go_on():
-                    raise QueryCanceled(_REASON)
-                return execute(query, *arguments, **options)
-            return self._stoppable(lambda: execute(query, *arguments, **options))
+    class Stoppable:
+        connection: Any
 
-        def executemany(self, query: Any, params_seq: Iterable[Any], **options: Any) -> None:
-            executemany = super().executemany
-            self._stoppable(lambda: executemany(query, params_seq, **options))
-
-        def _stoppable(self, run: Callable[[], T]) -> T:
+        def stoppable(self, run: Callable[[], T]) -> T:
             if not interrupts.begins(self._cancel):
                 raise QueryCanceled(_REASON)
             try:
@@ -178,4 +168,26 @@ def patient_cursors(interrupts: Interrupts) -> type[Any]:
                 return False
             return True
 
-    return Patient
+    class Patient(Stoppable, Cursor[Any]):
+        def execute(self, query: Any, *arguments: Any, **options: Any) -> Any:
+            if isinstance(query, str) and query.startswith(_QUICK):
+                if query.startswith("SAVEPOINT") and not interrupts.may_go_on():
+                    raise QueryCanceled(_REASON)
+                return super().execute(query, *arguments, **options)
+            execute = super().execute
+            return self.stoppable(lambda: execute(query, *arguments, **options))
+
+        def executemany(self, query: Any, *arguments: Any, **options: Any) -> None:
+            executemany = super().executemany
+            self.stoppable(lambda: executemany(query, *arguments, **options))
+
+    class PatientOnServer(Stoppable, ServerCursor[Any]):
+        def fetchmany(self, size: int = 0) -> list[Any]:
+            fetchmany = super().fetchmany
+            return self.stoppable(lambda: fetchmany(size))
+
+    return Patient, PatientOnServer
+
+
+#: What the driver need not tell how to cancel.
+_QUICK = ("SAVEPOINT", *_ALWAYS)

@@ -25,9 +25,10 @@ _AGAIN = 0.05
 
 
 class _Local(threading.local):
-    """What one worker is at."""
+    """What a worker is at, and what comes back to the event loop of a thread."""
 
     job: "Job[Any] | None" = None
+    returned: "_Returned | None" = None
 
 
 _thread = _Local()
@@ -98,6 +99,34 @@ class _Cancelling:
         return self._is_certain
 
 
+class _Returned:
+    """Jobs that have ended, on their way to one event loop: waking it for each would cost more than most of them."""
+
+    __slots__ = ("_ended", "_is_expected", "_loop")
+
+    def __init__(self, loop: AbstractEventLoop) -> None:
+        self._loop = weakref.ref(loop)
+        self._ended: deque[Job[Any]] = deque()
+        self._is_expected = False
+
+    def is_for(self, loop: AbstractEventLoop) -> bool:
+        """Whether it is for this loop."""
+        return self._loop() is loop
+
+    def put(self, job: "Job[Any]", loop: AbstractEventLoop) -> None:
+        """Give *job* back, in the worker."""
+        self._ended.append(job)
+        if not self._is_expected:  # Two that see it at the same time do no harm.
+            self._is_expected = True
+            with suppress(RuntimeError):  # The loop is closed: nobody waits any more.
+                loop.call_soon_threadsafe(self._take)
+
+    def _take(self) -> None:
+        self._is_expected = False  # From here on, whoever comes too late for this round asks for another.
+        while self._ended:
+            self._ended.popleft().settle()
+
+
 class Runnable(Protocol):
     """What a worker can be given to do."""
 
@@ -122,6 +151,7 @@ class Job(Generic[T]):
         "_lock",
         "_loop",
         "_result",
+        "_returned",
         "_state",
         "_work",
         "has_failed",
@@ -138,8 +168,12 @@ class Job(Generic[T]):
             is_kept: Whether it is done to its end even when nobody waits any more, once it was begun.
         """
         self._work: Callable[[], T] | None = work
-        self._loop: AbstractEventLoop = asyncio.get_running_loop()
-        self._future: Future[T] = self._loop.create_future()
+        self._loop = loop = asyncio.get_running_loop()
+        returned = _thread.returned
+        if returned is None or not returned.is_for(loop):
+            returned = _thread.returned = _Returned(loop)
+        self._returned = returned
+        self._future: Future[T] = loop.create_future()
         self._end: Future[None] | None = None
         self._is_kept = is_kept
         self._lock = threading.Lock()
@@ -179,8 +213,7 @@ class Job(Generic[T]):
             # Without this frame, which has the job, which has the error: such a circle would keep connections alive.
             self._error.__traceback__ = self._error.__traceback__.tb_next
         del work
-        with suppress(RuntimeError):  # The loop is closed: nobody waits any more.
-            self._loop.call_soon_threadsafe(self._settle)
+        self._returned.put(self, self._loop)
 
     def statement_begins(self, cancel: Callable[[], bool]) -> bool:
         """Note how to cancel a statement; see the function of this name."""
@@ -199,7 +232,8 @@ class Job(Generic[T]):
 
     # In the event loop
 
-    def _settle(self) -> None:
+    def settle(self) -> None:
+        """Tell who waits for it that it has ended."""
         self._state = _State.ENDED
         # The worker may have the job for a moment longer, and is to have nothing else.
         future = self._future
