@@ -720,6 +720,22 @@ def test_a_task_that_is_cancelled_again_while_it_is_recorded_is_recorded(shared_
     run(scenario, shared_url)
 
 
+def test_a_task_in_an_iteration_that_is_left_early_is_recorded_as_cancelled(url: str) -> None:
+    async def scenario(db: AsyncSwarmDB) -> None:
+        async def steps() -> AsyncIterator[int]:
+            async with db.track_task("given up", "a"):
+                yield 1
+                yield 2
+
+        iteration = steps()
+        assert await anext(iteration) == 1
+        await iteration.aclose()  # type: ignore[attr-defined]
+        (metric,) = await db.get_task_metrics()
+        assert metric.result is TaskResult.CANCELLED
+
+    run(scenario, url)
+
+
 def test_a_task_that_ends_after_the_database_was_closed_says_so(url: str) -> None:
     async def main() -> None:
         db = AsyncSwarmDB(url=url)

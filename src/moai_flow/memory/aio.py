@@ -533,12 +533,19 @@ class _Tracking(AbstractAsyncContextManager[T], Generic[K, T]):
         try:
             if pinned is not None:
                 pinned.submit(job)
+            elif kind is GeneratorExit:
+                asyncio.get_running_loop().call_soon(self._submit, job)
             elif not self._db._workers.submit(job):
                 tracked._store(error, self._refuse)
                 return
             await job.wait_to_the_end()
         finally:
             del job  # The traceback of an error of its own has this frame.
+
+    def _submit(self, job: Job[Any]) -> None:
+        """Have a worker do *job*; not in the garbage collector, which may have come in the middle of another submit."""
+        if not self._db._workers.submit(job):
+            job.run()  # It is refused at once.
 
     def _refuse(self) -> None:
         raise self._db._closed()
