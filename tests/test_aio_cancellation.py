@@ -5,12 +5,14 @@ import gc
 import logging
 import random
 import threading
+import time
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import psycopg
 import pytest
 
 from conftest import Clock
@@ -18,6 +20,7 @@ from loops import at_work, cancelled, join_workers, open_descriptors, run, until
 from moai_flow.memory import BusyError, EventData, SwarmDB, TaskResult
 from moai_flow.memory.aio import AsyncSwarmDB
 from moai_flow.memory.scope import translating
+from moai_flow.memory.workers import statement_begins, statement_ends
 
 FOR_EVER = 3600.0
 
@@ -116,6 +119,59 @@ def test_only_the_statement_of_the_call_that_was_cancelled_is_ended(url: str) ->
         await asyncio.gather(read(), *(hurry() for _ in range(60)))
 
     run(scenario, url, pool_size=2)
+
+
+def test_a_statement_is_cancelled_until_it_ends_and_its_worker_waits_for_that(path: Path) -> None:
+    sent: list[str] = []
+
+    def cancel() -> bool:
+        sent.append("begun")
+        time.sleep(0.01)  # As long as a server may take.
+        sent.append("done")
+        return True
+
+    def work(_: SwarmDB) -> bool:
+        assert statement_begins(cancel)
+        while sent.count("done") < 3:  # As a statement that was not there yet when it was cancelled.
+            time.sleep(0.001)
+        is_certain = statement_ends()
+        sent.append("ended")
+        assert not statement_begins(cancel)
+        return is_certain
+
+    async def scenario(db: AsyncSwarmDB) -> None:
+        task, begun = at_work(db, work)
+        await until(begun.is_set)
+        await asyncio.sleep(0.01)
+        assert await cancelled(task)
+        assert sent[-2:] == ["done", "ended"]
+        assert sent[:4] == ["begun", "done", "begun", "done"]
+        await db.list_agents()
+        assert sent[-1] == "ended"
+
+    run(scenario, f"sqlite:///{path}", pool_size=1)
+
+
+def test_a_connection_that_a_late_cancellation_may_hit_is_closed(postgres_url: str) -> None:
+    async def scenario(db: AsyncSwarmDB) -> None:
+        await db.list_agents()
+        assert db._db is not None
+        held = db._db._connections._idle[0]
+        cancel = held.raw.cancel_safe
+
+        def cancel_and_fail(**options: Any) -> None:
+            cancel(**options)
+            raise psycopg.OperationalError("the answer was lost")
+
+        held.raw.cancel_safe = cancel_and_fail
+        task, begun = at_work(db, endless)
+        await until(begun.is_set)
+        await asyncio.sleep(0.05)
+        assert await cancelled(task)
+        assert not held.is_open
+        assert await db.list_agents() == []
+
+    run(scenario, postgres_url, pool_size=1)
 
 
 def test_a_call_that_was_not_begun_when_it_was_cancelled_never_is(url: str) -> None:
@@ -223,6 +279,8 @@ def test_a_block_of_memory_that_is_read_is_committed_when_its_readers_have_ended
 
 def test_a_copy_of_memory_waits_for_a_writer_as_long_as_other_calls(tmp_path: Path) -> None:
     async def scenario(db: AsyncSwarmDB) -> None:
+        async with db.session(readonly=True):
+            await asyncio.create_task(db.list_agents())  # To open a connection, one has to wait as well.
         async with db.transaction():
             await db.register_agent("a", "t")
             copying = asyncio.create_task(db.backup(tmp_path / "copy.db"))

@@ -2,6 +2,7 @@
 
 import asyncio
 import sys
+import threading
 import traceback
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
@@ -350,6 +351,36 @@ def test_a_block_that_is_cancelled_while_it_is_entered_is_not(shared_url: str) -
         assert await agents(db) == ["b"]
 
     run(scenario, shared_url, pool_size=1, busy_timeout=3600)
+
+
+async def enter_and_cancel(block: Any) -> None:
+    """Enter *block*, and be cancelled when its worker has begun to, and can't be held up any more."""
+    loop, task, go_on = asyncio.get_running_loop(), asyncio.current_task(), threading.Event()
+    assert task is not None
+    enter, block._enter = block._enter, lambda: (loop.call_soon_threadsafe(cancel), go_on.wait(), enter())[2]
+
+    def cancel() -> None:
+        task.cancel()
+        loop.call_later(0.01, go_on.set)
+
+    with pytest.raises(asyncio.CancelledError):
+        await block.__aenter__()
+    task.uncancel()
+
+
+def test_a_block_that_was_entered_when_its_task_was_cancelled_is_left_again(url: str) -> None:
+    async def scenario(db: AsyncSwarmDB) -> None:
+        await agents(db)
+        await enter_and_cancel(db.transaction())
+        assert not db._pinned
+        async with db.transaction():
+            await register(db, "outer")
+            await enter_and_cancel(db.transaction())
+            await register(db, "outer too")
+        await register(db, "later")
+        assert await agents(db) == ["later", "outer", "outer too"]
+
+    run(scenario, url, pool_size=1)
 
 
 def test_a_block_that_is_cancelled_while_it_is_committed_is_committed_and_says_that_it_was_cancelled(url: str) -> None:

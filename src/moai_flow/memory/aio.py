@@ -72,14 +72,14 @@ class _Worked:
         # What is no size, or no time, is refused where the database is opened.
         self._workers = Workers(pool_size if type(pool_size) is int and pool_size > 0 else 1)
         self._patience = float(patience) if isinstance(patience, int | float) else 0.0
-        self._pinned: dict[asyncio.Task[Any], Pinned] = {}
         self._db: SwarmDB | None = None
         self._is_closed = False
-        self._forget_opening()
+        self._start()
         _instances.add(self)
 
-    def _forget_opening(self) -> None:
+    def _start(self) -> None:
         self._opening = threading.Lock()
+        self._pinned: dict[asyncio.Task[Any], Pinned] = {}
 
     def _database(self) -> SwarmDB:
         """Return the database, in a worker; the first one opens it."""
@@ -138,7 +138,7 @@ _instances: weakref.WeakSet[_Worked] = weakref.WeakSet()
 
 def _forget_after_fork() -> None:
     for db in _instances:
-        db._forget_opening()  # Another thread may have had the lock.
+        db._start()  # Threads that had the lock, or transactions, are the parent's.
 
 
 # Where there is no fork, there is nothing to register with.
