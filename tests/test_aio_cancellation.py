@@ -101,6 +101,22 @@ def test_a_long_statement_is_ended_and_its_connection_is_used_again(url: str) ->
     run(scenario, url, pool_size=1)
 
 
+def test_a_call_that_is_made_of_many_short_statements_ends_between_two(url: str) -> None:
+    def beat(store: SwarmDB) -> None:
+        while True:
+            store.heartbeat("a")
+
+    async def scenario(db: AsyncSwarmDB) -> None:
+        await db.register_agent("a", "t")
+        task, begun = at_work(db, beat)
+        await until(begun.is_set)
+        await asyncio.sleep(0.01)
+        assert await cancelled(task)
+        assert await db.heartbeat("a")
+
+    run(scenario, url, pool_size=1)
+
+
 def test_only_the_statement_of_the_call_that_was_cancelled_is_ended(url: str) -> None:
     async def scenario(db: AsyncSwarmDB) -> None:
         await db.list_agents()
@@ -132,7 +148,7 @@ def test_a_statement_is_cancelled_until_it_ends_and_its_worker_waits_for_that(pa
 
     def work(_: SwarmDB) -> bool:
         assert statement_begins(cancel)
-        while sent.count("done") < 3:  # As a statement that was not there yet when it was cancelled.
+        while sent.count("begun") < 3:  # As a statement that was not there yet when it was cancelled.
             time.sleep(0.001)
         is_certain = statement_ends()
         sent.append("ended")

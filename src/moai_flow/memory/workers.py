@@ -209,9 +209,6 @@ class Job(Generic[T]):
             self.has_failed = True
         finally:
             _thread.job = None
-        if self._error is not None and self._error.__traceback__ is not None:
-            # Without this frame, which has the job, which has the error: such a circle would keep connections alive.
-            self._error.__traceback__ = self._error.__traceback__.tb_next
         del work
         self._returned.put(self, self._loop)
 
@@ -235,7 +232,7 @@ class Job(Generic[T]):
     def settle(self) -> None:
         """Tell who waits for it that it has ended."""
         self._state = _State.ENDED
-        # The worker may have the job for a moment longer, and is to have nothing else.
+        # The error's traceback has frames that have the job: in a circle, they would keep connections alive.
         future = self._future
         del self._future
         error, self._error = self._error, None
