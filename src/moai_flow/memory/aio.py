@@ -387,7 +387,7 @@ class _Block(AbstractAsyncContextManager[T], Generic[Q, T]):
             db._pinned[task] = pinned
         self._task, self._pin = task, pinned
         pinned.depth += 1
-        job = Job(self._enter, is_kept=pinned.depth > 1)
+        job = Job(self._enter, is_in_block=pinned.depth > 1)
         pinned.submit(job)
         try:
             return self._wrap(self, await job.wait(patience))
@@ -434,7 +434,7 @@ class _Block(AbstractAsyncContextManager[T], Generic[Q, T]):
             with suppress(_Undo):
                 context.__exit__(kind, error, None)
 
-        job = Job(leave, is_kept=True)
+        job = Job(leave)
         self._pin.submit(job)
         self._release()
         return job.wait_to_the_end()
@@ -529,7 +529,7 @@ class _Tracking(AbstractAsyncContextManager[T], Generic[K, T]):
         tracked, pinned = self._tracked, self._db._own_pin()
         assert tracked is not None
         tracked._end()  # Waiting for a worker is no part of it.
-        job = Job(partial(tracked.__exit__, kind, error, traceback), is_kept=True)
+        job = Job(partial(tracked.__exit__, kind, error, traceback))
         try:
             if pinned is not None:
                 pinned.submit(job)

@@ -147,7 +147,6 @@ class Job(Generic[T]):
         "_end",
         "_error",
         "_future",
-        "_is_kept",
         "_lock",
         "_loop",
         "_result",
@@ -159,13 +158,12 @@ class Job(Generic[T]):
         "is_in_block",
     )
 
-    def __init__(self, work: Callable[[], T], *, is_in_block: bool = False, is_kept: bool = False) -> None:
+    def __init__(self, work: Callable[[], T], *, is_in_block: bool = False) -> None:
         """Do *work*.
 
         Args:
             work: What to do.
             is_in_block: Whether it is part of a transaction that goes on when it is given up.
-            is_kept: Whether it is done to its end even when nobody waits any more, once it was begun.
         """
         self._work: Callable[[], T] | None = work
         self._loop = loop = asyncio.get_running_loop()
@@ -175,7 +173,6 @@ class Job(Generic[T]):
         self._returned = returned
         self._future: Future[T] = loop.create_future()
         self._end: Future[None] | None = None
-        self._is_kept = is_kept
         self._lock = threading.Lock()
         self._state = _State.WAITING
         self._result: T | None = None
@@ -310,7 +307,7 @@ class Job(Generic[T]):
         with self._lock:
             if self._state is _State.WAITING:
                 self._drop()
-            elif self._state is _State.RUNNING and not self._is_kept and not self.is_given_up:
+            elif self._state is _State.RUNNING and not self.is_given_up:
                 self.is_given_up = True
                 if self._cancel is not None:
                     self._cancelling = _Cancelling(self._cancel)
