@@ -73,6 +73,18 @@ def db(request: pytest.FixtureRequest, path: Path, clock: Clock) -> Iterator[Swa
         yield store
 
 
+@pytest.fixture(params=["file", "memory", "postgresql"])
+def url(request: pytest.FixtureRequest, path: Path) -> str:
+    """Where an empty store of each kind can be opened."""
+    return url_of(request.param, path, request)
+
+
+@pytest.fixture(params=["file", "postgresql"])
+def shared_url(request: pytest.FixtureRequest, path: Path) -> str:
+    """Where an empty store of each kind can be opened that others can open as well."""
+    return url_of(request.param, path, request)
+
+
 def url_of(kind: str, path: Path, request: pytest.FixtureRequest) -> str:
     """Return the URL of an empty database of a kind; a server is only started for who asks for one."""
     if kind == "postgresql":

@@ -2,7 +2,10 @@
 
 import asyncio
 import inspect
+import os
 import threading
+import weakref
+from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
 from contextlib import AbstractAsyncContextManager, AbstractContextManager, suppress
 from dataclasses import replace
@@ -20,76 +23,126 @@ from moai_flow.memory.engine import Settings
 from moai_flow.memory.errors import ClosedError, StorageError, TransactionError
 from moai_flow.memory.models import AgentEvent
 from moai_flow.memory.operations.retention import RetentionPolicy
+from moai_flow.memory.patience import Interrupts
 from moai_flow.memory.scope import RawConnection, RawCursor
 from moai_flow.memory.tracking import TrackedAgent, TrackedTask
-from moai_flow.memory.workers import Job, Pinned, Workers, may_go_on
+from moai_flow.memory.workers import (
+    Job,
+    Pinned,
+    Workers,
+    may_go_on,
+    statement_begins,
+    statement_ends,
+    uninterrupted,
+)
 
 P = ParamSpec("P")
 T = TypeVar("T")
 Q = TypeVar("Q")
+V = TypeVar("V")
+
+K = TypeVar("K", bound=TrackedTask | TrackedAgent)
 
 #: How many rows an iteration reads ahead.
 _READ_AHEAD = 100
 
-_POOL_SIZE: int = inspect.signature(SwarmDB.__init__).parameters["pool_size"].default
+#: How often a call that waits for another one to open the database looks whether it is to go on, in seconds.
+_LOOK = 0.05
 
 
 class _WorkersDB(SwarmDB):
     """A database whose statements end when nobody waits for them any more."""
 
     def _adapted(self, settings: Settings) -> Settings:
-        return replace(settings, may_go_on=may_go_on)
+        return replace(settings, interrupts=Interrupts(may_go_on, statement_begins, statement_ends))
+
+    def _clean_if_due(self) -> None:
+        with uninterrupted():  # It is quick, and no part of the call that it happens in.
+            super()._clean_if_due()
 
 
 class _Worked:
     """What `AsyncSwarmDB` is made of: the database, the workers, and who has a transaction open."""
 
     def __init__(self, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
-        inspect.signature(SwarmDB).bind(*arguments, **options)
-        pool_size = options.get("pool_size", _POOL_SIZE)
+        given = inspect.signature(SwarmDB).bind(*arguments, **options)
+        given.apply_defaults()
+        pool_size, patience = given.arguments["pool_size"], given.arguments["busy_timeout"]
         self._open = partial(_WorkersDB, *arguments, **options)
-        # A size that is none is refused where the database is opened.
+        # What is no size, or no time, is refused where the database is opened.
         self._workers = Workers(pool_size if type(pool_size) is int and pool_size > 0 else 1)
-        self._pinned: dict[asyncio.Task[Any] | None, Pinned] = {}
-        self._opening = threading.Lock()
+        self._patience = float(patience) if isinstance(patience, int | float) else 0.0
         self._db: SwarmDB | None = None
         self._is_closed = False
+        self._start()
+        _instances.add(self)
+
+    def _start(self) -> None:
+        self._opening = threading.Lock()
+        self._pinned: dict[asyncio.Task[Any], Pinned] = {}
 
     def _database(self) -> SwarmDB:
         """Return the database, in a worker; the first one opens it."""
         if self._db is None:
-            with self._opening:
+            while not self._opening.acquire(timeout=_LOOK):
+                if not may_go_on():
+                    raise StorageError("nobody waits for this call any more")
+            try:
                 if self._db is None:
                     self._db = self._open()
+            finally:
+                self._opening.release()
         return self._db
 
     def _own_pin(self) -> Pinned | None:
         """Return the worker that has this task's transaction open."""
-        return self._pinned.get(asyncio.current_task()) if self._pinned else None
+        return self._pinned.get(asyncio.current_task()) if self._pinned else None  # type: ignore[arg-type]
 
     async def _do(self, work: Callable[[SwarmDB], T]) -> T:
         """Do *work* in this task's transaction, or in whichever worker is free."""
-        return await self._submitted(lambda: work(self._database())).wait()
+        return await self._done(lambda: work(self._db or self._database()))
 
-    def _submitted(self, work: Callable[[], T]) -> Job[T]:
+    def _done(self, work: Callable[[], T]) -> Coroutine[Any, Any, T]:
+        """Return what is to be awaited for *work*, which is on its way to a worker then."""
         pinned = self._own_pin()
-        # What is ended half-way in a transaction takes, on SQLite, the transaction with it.
-        job = Job(work, can_be_given_up=pinned is None)
-        if pinned is not None:
-            pinned.submit(job)
-        else:
-            self._check_open()
-            self._workers.submit(job)
-        return job
+        if pinned is None:
+            job = Job(work)
+            self._submit(job)
+            return job.wait(self._patience if self._workers.are_all_pinned else None)
+        job = Job(work, is_in_block=True)
+        pinned.submit(job)
+        return job.wait()
 
-    def _check_open(self) -> None:
-        if self._is_closed:
-            raise ClosedError(f"{self!r}: the database was closed before this call")
+    def _submit(self, job: Job[Any]) -> None:
+        if self._is_closed or not self._workers.submit(job):
+            raise self._closed()
+
+    def _closed(self) -> ClosedError:
+        return ClosedError(f"{self!r}: the database was closed before this call")
+
+    def _shut(self) -> None:
+        """Wait for what is under way, and close the database; in a thread that is none of the workers."""
+        self._workers.close()
+        with self._opening:  # A second call returns when the first has done it.
+            if self._db is not None:
+                self._db.close()
 
     def __repr__(self) -> str:
         state = ", closed" if self._is_closed else "" if self._db is not None else ", not open yet"
         where = repr(str(self._db._location)) if self._db is not None else "..."
         return f"AsyncSwarmDB({where}{state})"
+
+
+_instances: weakref.WeakSet[_Worked] = weakref.WeakSet()
+
+
+def _forget_after_fork() -> None:
+    for db in _instances:
+        db._start()  # Threads that had the lock, or transactions, are the parent's.
+
+
+# Where there is no fork, there is nothing to register with.
+getattr(os, "register_at_fork", dict)(after_in_child=_forget_after_fork)
 
 
 # How a method of SwarmDB becomes one of AsyncSwarmDB. Each keeps the parameters, their types, and the overloads.
@@ -115,7 +168,7 @@ def _awaited(
 
     @wraps(method)
     async def call(db: _Worked, /, *arguments: P.args, **options: P.kwargs) -> T:
-        return await db._do(lambda store: method(store, *arguments, **options))
+        return await db._done(lambda: method(db._db or db._database(), *arguments, **options))
 
     return call
 
@@ -157,22 +210,52 @@ def _watched(
     signature = inspect.signature(method)
 
     @wraps(method)
-    async def watch(db: _Worked, /, *arguments: P.args, **options: P.kwargs) -> AsyncIterator[AgentEvent]:
+    def watch(db: _Worked, /, *arguments: P.args, **options: P.kwargs) -> AsyncIterator[AgentEvent]:
         bound = signature.bind(None, *arguments, **options)
         bound.apply_defaults()
-        given = {name: value for name, value in bound.arguments.items() if name != "self"}
-        _refuse_to_watch(db)
-        what, place = await db._do(lambda store: store._watch(**given))
-        while True:
-            events, place = await db._do(lambda store, place=place: store._poll(what, place))  # type: ignore[misc]
-            for event in events:
-                yield event
-                _refuse_to_watch(db)
-            if place.pause:
-                await asyncio.sleep(place.pause)
-                _refuse_to_watch(db)
+        return _Watching(db, {name: value for name, value in bound.arguments.items() if name != "self"})
 
     return watch
+
+
+class _Watching(AsyncIterator[AgentEvent]):
+    """New events as they come. A step that is cancelled loses none: the next one goes on where it was."""
+
+    def __init__(self, db: _Worked, parameters: dict[str, Any]) -> None:
+        self._db = db
+        self._parameters = parameters
+        self._begun: tuple[Any, Any] | None = None
+        self._events: deque[AgentEvent] = deque()
+        self._is_stepping = False
+        self._is_over = False
+
+    async def __anext__(self) -> AgentEvent:
+        if self._is_stepping:
+            raise RuntimeError("another task awaits the next event of this iteration")
+        if self._is_over:
+            raise StopAsyncIteration
+        self._is_stepping = True
+        try:
+            _refuse_to_watch(self._db)
+            while not self._events:
+                await self._step()
+            return self._events.popleft()
+        except Exception:
+            self._is_over = True
+            raise
+        finally:
+            self._is_stepping = False
+
+    async def _step(self) -> None:
+        if self._begun is None:
+            self._begun = await self._db._do(lambda store: store._watch(**self._parameters))
+        assert self._begun is not None
+        what, place = self._begun
+        if place.pause:
+            await asyncio.sleep(place.pause)
+        events, place = await self._db._do(lambda store: store._poll(what, place))
+        self._begun = what, place
+        self._events.extend(events)
 
 
 def _refuse_to_watch(db: _Worked) -> None:
@@ -216,15 +299,12 @@ class AsyncCursor:
 class _InBlock(Generic[Q]):
     """Something of a transaction that only the worker may touch which has it open."""
 
-    def __init__(self, db: _Worked, inner: Q) -> None:
-        self._db = db
+    def __init__(self, block: "_Block[Q, Any]", inner: Q) -> None:
+        self._block = block
         self._inner = inner
-        self._pin = db._own_pin()
 
     async def _run(self, work: Callable[[Q], T]) -> T:
-        if self._pin is None or self._db._own_pin() is not self._pin:
-            raise TransactionError("this belongs to the task that opened the transaction, until the block ends")
-        return await self._db._submitted(lambda: work(self._inner)).wait()
+        return await self._block.run(lambda: work(self._inner))
 
 
 class AsyncConnection(_InBlock[RawConnection]):
@@ -282,65 +362,102 @@ class _Block(AbstractAsyncContextManager[T], Generic[Q, T]):
         self,
         db: _Worked,
         block: Callable[[SwarmDB], AbstractContextManager[Q]],
-        wrap: Callable[[_Worked, Q], T],
+        wrap: Callable[["_Block[Q, T]", Q], T],
     ) -> None:
         self._db = db
         self._block = block
         self._wrap = wrap
+        self._task: asyncio.Task[Any] | None = None
         self._context: AbstractContextManager[Q] | None = None
 
     async def __aenter__(self) -> T:
-        if self._context is not None:
+        if self._task is not None:
             raise RuntimeError("a transaction is entered once; each block needs one of its own")
-        task = asyncio.current_task()
-        pinned = self._db._pinned.get(task)
+        db, task = self._db, asyncio.current_task()
+        if task is None:
+            raise RuntimeError("a transaction belongs to a task, and none runs here")
+        pinned = db._pinned.get(task)
+        patience = None
         if pinned is None:
-            self._db._check_open()
-            pinned = self._db._pinned[task] = self._db._workers.pin()
+            if db._workers.are_all_pinned:
+                patience = db._patience
+            pinned = None if db._is_closed else db._workers.pin()
+            if pinned is None:
+                raise db._closed()
+            db._pinned[task] = pinned
         self._task, self._pin = task, pinned
         pinned.depth += 1
-        job = Job(self._enter, can_be_given_up=pinned.depth == 1)
+        job = Job(self._enter, is_in_block=pinned.depth > 1)
         pinned.submit(job)
         try:
-            return self._wrap(self._db, await job.wait())
+            return self._wrap(self, await job.wait(patience))
         except BaseException:
-            if job.has_ended and job.error is None:  # It was entered when its task was cancelled.
-                await self._leave(_Undo)
-            self._release()
+            if job.has_succeeded:  # It was entered when its task was cancelled.
+                await self._left(_Undo)
+            else:
+                self._release()
             raise
+        finally:
+            del job, pinned
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        try:
-            await self._leave(None if error is None else _Undo)
-        finally:
-            self._release()
+        if not _has_loop():  # The coroutine was destroyed: the worker undoes what it finds open.
+            self._db._pinned.pop(self._task, None)  # type: ignore[arg-type]
+            self._pin.release()
+            return
+        await self._left(None if error is None else _Undo)
+
+    def run(self, work: Callable[[], V]) -> Coroutine[Any, Any, V]:
+        """Return what is to be awaited for *work*, which uses what belongs to this block."""
+        if self._context is None or self._db._own_pin() is not self._pin:
+            raise TransactionError("this belongs to the task that opened the transaction, until its block ends")
+        return self._db._done(work)
 
     def _enter(self) -> Q:
-        self._context = self._block(self._db._database())
-        return self._context.__enter__()
+        context = self._block(self._db._database())
+        inner = context.__enter__()
+        self._pin.entered.append(context)
+        self._context = context
+        return inner
 
-    async def _leave(self, kind: "type[_Undo] | None") -> None:
+    def _left(self, kind: "type[_Undo] | None") -> Coroutine[Any, Any, None]:
+        """Return what is to be awaited for the end of the block, which comes whether or not anybody waits for it."""
+        context, self._context = self._context, None
+        entered = self._pin.entered
+        assert context is not None
+
         def leave() -> None:
-            assert self._context is not None
+            entered.remove(context)
             error = None if kind is None else kind()
             with suppress(_Undo):
-                self._context.__exit__(kind, error, None)
+                context.__exit__(kind, error, None)
 
-        job = Job(leave, can_be_given_up=False)
+        job = Job(leave)
         self._pin.submit(job)
-        await job.wait_to_the_end()
+        self._release()
+        return job.wait_to_the_end()
 
     def _release(self) -> None:
+        """Let the worker go, when it has done what was submitted until now."""
         self._pin.depth -= 1
         if not self._pin.depth:
+            assert self._task is not None
             del self._db._pinned[self._task]
             self._pin.release()
 
 
 class _Undo(Exception):  # noqa: N818 (it is no error, and nobody sees it)
     """Stands in a worker for the exception by which a task has left its block."""
+
+
+def _has_loop() -> bool:
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return False
+    return True
 
 
 class AsyncTrackedAgent:
@@ -383,44 +500,61 @@ class AsyncTrackedAgent:
         return await self._db._do(lambda _: self._agent.heartbeat())
 
 
-class _Tracking(AbstractAsyncContextManager[T], Generic[Q, T]):
+class _Tracking(AbstractAsyncContextManager[T], Generic[K, T]):
     """A block that is measured, and recorded in a worker."""
 
-    def __init__(
-        self, db: _Worked, make: Callable[[SwarmDB], AbstractContextManager[Q]], wrap: Callable[[_Worked, Q], T]
-    ) -> None:
+    def __init__(self, db: _Worked, make: Callable[[SwarmDB], K], wrap: Callable[[_Worked, K], T]) -> None:
         self._db = db
         self._make = make
         self._wrap = wrap
-        self._tracked: AbstractContextManager[Q] | None = None
+        self._tracked: K | None = None
+        self._was_entered = False
 
     async def __aenter__(self) -> T:
-        if self._tracked is not None:
+        if self._was_entered:
             raise RuntimeError("a tracked block is entered once; each needs one of its own")
-        job = self._db._submitted(self._enter)
+        self._was_entered = True
         try:
-            return self._wrap(self._db, await job.wait())
+            return self._wrap(self._db, await self._db._done(self._enter))
         except BaseException as error:
-            if job.has_ended and job.error is None:  # It was entered when its task was cancelled.
+            if isinstance(self._tracked, TrackedAgent):  # It was registered when its task was cancelled.
                 await self.__aexit__(type(error), error, error.__traceback__)
             raise
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        tracked = self._tracked
+        if not _has_loop():
+            return  # The coroutine was destroyed, as if the process had been.
+        tracked, pinned = self._tracked, self._db._own_pin()
         assert tracked is not None
-        pinned = self._db._own_pin()
-        job: Job[Any] = Job(lambda: tracked.__exit__(kind, error, traceback), can_be_given_up=False)
-        if pinned is not None:
-            pinned.submit(job)
-        else:
-            self._db._workers.submit(job)
-        await job.wait_to_the_end()
+        tracked._end()  # Waiting for a worker is no part of it.
+        job = Job(partial(tracked.__exit__, kind, error, traceback))
+        try:
+            if pinned is not None:
+                pinned.submit(job)
+            elif kind is GeneratorExit:
+                asyncio.get_running_loop().call_soon(self._submit, job)
+            elif not self._db._workers.submit(job):
+                tracked._store(error, self._refuse)
+                return
+            await job.wait_to_the_end()
+        finally:
+            del job  # The traceback of an error of its own has this frame.
 
-    def _enter(self) -> Q:
-        self._tracked = self._make(self._db._database())
-        return self._tracked.__enter__()
+    def _submit(self, job: Job[Any]) -> None:
+        """Have a worker do *job*; not in the garbage collector, which may have come in the middle of another submit."""
+        if not self._db._workers.submit(job):
+            job.run()  # It is refused at once.
+
+    def _refuse(self) -> None:
+        raise self._db._closed()
+
+    def _enter(self) -> K:
+        tracked = self._make(self._db._database())
+        tracked.__enter__()
+        self._tracked = tracked
+        return tracked
 
 
 def _task_tracked(
@@ -477,10 +611,25 @@ class AsyncSwarmDB(_Worked):
     """`SwarmDB` for asyncio: each of its methods, awaited, with the same parameters, answers and errors.
 
     The work is done by as many worker threads as *pool_size* says, which belong to this object. It is opened by
-    ``async with`` or by its first call, and may be used by any number of tasks.
+    ``async with`` or by its first call, and may be used by any number of tasks, and by several event loops. An opening
+    that fails is tried again by the next call.
 
     A task that is cancelled while it awaits a call goes on when the call's fate is decided: what the call was to write
-    is written as a whole, or not at all, and nothing of it is written later.
+    is written as a whole, or not at all, and nothing of it is written later. Which of the two it was, the task has to
+    look up. Calls that are made of several transactions, such as `mark_stale_agents`, stop between two of them. What
+    waits for a lock, or works for long, is interrupted, so that this is soon; but not a copy that `backup` makes, nor,
+    on SQLite, a statement inside a transaction, nor anything on the caller's own *engine*: those are waited for.
+
+    A transaction has one worker for itself, and belongs to the task that entered it. Tasks that are started inside are
+    not part of it. Its end is not interrupted: cancelled there, the block has ended as it would, and then the
+    cancellation is raised. While transactions have all workers, other calls wait, for *busy_timeout* at most, and
+    raise `BusyError` then: so does a task that awaits, inside its transaction, another task's call that needs its
+    worker.
+
+    An iteration begins with its first step: that is where its parameters are checked, and where `watch_events` begins
+    by default. A step of `watch_events` that is cancelled loses no event, and the next step goes on; a cancelled
+    `iter_events` is over. What `track_task` and `track_agent` record, they record even if they are cancelled again
+    meanwhile.
 
     Examples:
         >>> import asyncio
@@ -503,23 +652,25 @@ class AsyncSwarmDB(_Worked):
     async def close(self) -> None:
         """Wait for what is under way, open transactions as well, and close the database. Later calls are refused.
 
-        A second call does nothing.
+        A second call waits as well. One that is cancelled stops waiting, and the database is closed when all has ended.
 
         Raises:
             TransactionError: Inside a transaction of this task, which would wait for itself.
         """
         if self._own_pin() is not None:
             raise TransactionError("close() can't run inside a transaction of the same task")
-        was_closed, self._is_closed = self._is_closed, True
-        await self._workers.close()
-        if not was_closed and self._db is not None:
-            job = Job(self._db.close)
-            threading.Thread(target=job.run, name="swarmdb-close").start()
-            await job.wait_to_the_end()
+        self._is_closed = True
+        job = Job(self._shut)
+        threading.Thread(target=job.run, name="swarmdb-close").start()
+        await job.look_on()
 
     async def __aenter__(self) -> Self:
-        """Open the database."""
-        await self._do(lambda _: None)
+        """Open the database. If that fails, this object is closed."""
+        try:
+            await self._do(lambda _: None)
+        except BaseException:
+            await self.close()
+            raise
         return self
 
     async def __aexit__(

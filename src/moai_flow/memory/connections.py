@@ -16,6 +16,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from moai_flow.memory.backends import Backend, backend_of, translated
 from moai_flow.memory.errors import BusyError, ClosedError
+from moai_flow.memory.patience import PatientConnection, interruption
 
 
 class Held:
@@ -319,11 +320,14 @@ def copy_to(raw: sqlite3.Connection, target: Path) -> None:
         BusyError: If a writer keeps what is in memory for longer than the busy timeout.
     """
     unfinished = target.with_name(f"{target.name}.{uuid4().hex}.tmp")
-    (patience,) = raw.execute("PRAGMA busy_timeout").fetchone()
-    deadline = time.monotonic() + patience / 1000
+    (milliseconds,) = raw.execute("PRAGMA busy_timeout").fetchone()
+    patience = raw.patience if isinstance(raw, PatientConnection) else milliseconds / 1000
+    deadline = time.monotonic() + patience
 
     def give_up(status: int, remaining: int, total: int) -> None:
         # By itself, it tries for ever.
+        if isinstance(raw, PatientConnection) and not raw.may_go_on():
+            raise interruption()
         if status in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED) and time.monotonic() > deadline:
             raise BusyError(f"{target}: a writer kept the database from being copied for longer than the busy timeout")
 

@@ -1,7 +1,7 @@
 """From where the caller wants the database to an SQLAlchemy engine with the right pragmas."""
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -13,7 +13,7 @@ from sqlalchemy.engine import URL
 from sqlalchemy.exc import ArgumentError
 
 from moai_flow.memory.errors import InvalidInputError, StorageError
-from moai_flow.memory.patience import PORTION, patient_connections
+from moai_flow.memory.patience import PORTION, Interrupts, patient_connections, patient_cursors
 from moai_flow.memory.types import is_unicode
 
 #: Where the database is if nothing says otherwise, under the current directory.
@@ -193,15 +193,14 @@ class Settings:
         busy_timeout: How long a statement waits for a lock, in seconds.
         page_cache_mib: SQLite's page cache, in MiB for each connection.
         statement_timeout: How long a statement may run on PostgreSQL, in seconds; None for any time.
-        may_go_on: Asked now and then by a statement on SQLite that waits or works, in its thread; False ends it.
-            None never does.
+        interrupts: Who may end statements that wait or work. None: nobody.
     """
 
     durability: Durability = "normal"
     busy_timeout: float = 30.0
     page_cache_mib: int = PAGE_CACHE_MIB
     statement_timeout: float | None = None
-    may_go_on: Callable[[], bool] | None = None
+    interrupts: Interrupts | None = None
 
 
 _USUAL = Settings()
@@ -224,8 +223,8 @@ def _for_file(location: Location, settings: Settings) -> Engine:
             raise StorageError(f"{location}: its folder can't be made: {error}") from error
     # Connections are kept by `connections`; they move between threads, one at a time.
     options: dict[str, Any] = {"timeout": settings.busy_timeout, "check_same_thread": False}
-    if settings.may_go_on is not None:
-        options["factory"] = patient_connections(settings.busy_timeout, settings.may_go_on)
+    if settings.interrupts is not None:
+        options["factory"] = patient_connections(settings.busy_timeout, settings.interrupts)
         options["timeout"] = min(settings.busy_timeout, PORTION)
     engine = create_engine(location.url, poolclass=NullPool, connect_args=options)
     synchronous = _SYNCHRONOUS[settings.durability]
@@ -259,6 +258,7 @@ def _for_server(location: Location, settings: Settings) -> Engine:
     if settings.durability == "full":  # Else it is the server's choice, which may be as much.
         parameters["synchronous_commit"] = "on"
     names, values = list(parameters), list(parameters.values())
+    cursors = None if settings.interrupts is None else patient_cursors(settings.interrupts)
 
     @event.listens_for(engine, "connect")
     def set_parameters(raw: Any, record: object) -> None:
@@ -267,5 +267,7 @@ def _for_server(location: Location, settings: Settings) -> Engine:
             (names, values),
         )
         raw.commit()
+        if cursors is not None:
+            raw.cursor_factory, raw.server_cursor_factory = cursors
 
     return engine

@@ -159,7 +159,8 @@ class _Tracked:
     def _end(self) -> int:
         if self._began is None:
             raise RuntimeError(f"{self!r} has not been entered")
-        self._duration_ms = (time.monotonic_ns() - self._began) // 1_000_000
+        if self._duration_ms is None:  # Who records it elsewhere, and later, ends it before.
+            self._duration_ms = (time.monotonic_ns() - self._began) // 1_000_000
         return self._duration_ms
 
     def _store(self, error: BaseException | None, store: Callable[[], None]) -> None:

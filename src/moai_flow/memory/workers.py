@@ -1,26 +1,137 @@
 """Worker threads that do for coroutines what would block their event loop."""
 
 import asyncio
+import os
 import threading
+import weakref
 from asyncio import AbstractEventLoop, CancelledError, Future
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
+from enum import Enum, auto
 from queue import Empty, SimpleQueue
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
+
+from moai_flow.memory.errors import BusyError
 
 T = TypeVar("T")
 
-#: How often a worker that is kept for a transaction looks whether the event loop is still there, in seconds.
+#: How often a worker that is kept for a transaction looks whether anybody is left to end it, in seconds.
 _LOOK = 1.0
 
-_thread = threading.local()
+#: After how long a statement that goes on all the same is cancelled again, in seconds.
+_AGAIN = 0.05
+
+
+class _Local(threading.local):
+    """What a worker is at, and what comes back to the event loop of a thread."""
+
+    job: "Job[Any] | None" = None
+    returned: "_Returned | None" = None
+
+
+_thread = _Local()
+
+
+# What the statements ask that a worker runs. Elsewhere, the answer is that they are wanted.
 
 
 def may_go_on() -> bool:
     """Whether what this thread does is still wanted. Asked by statements that wait or take long."""
-    job: Job[Any] | None = getattr(_thread, "job", None)
-    return job is None or not job.is_given_up
+    job = _thread.job
+    return job is None or not job.is_given_up or job.is_in_block
+
+
+def statement_begins(cancel: Callable[[], bool]) -> bool:
+    """Note how another thread may cancel the statement that this one is about to run; False says not to run it.
+
+    *cancel* returns once the cancellation can't reach any later statement, and says whether that is certain.
+    """
+    job = _thread.job
+    return job is None or job.statement_begins(cancel)
+
+
+def statement_ends() -> bool:
+    """Wait for whoever is cancelling this thread's statement; False says that a later one may still be hit."""
+    job = _thread.job
+    return job is None or job.statement_ends()
+
+
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Finish what is done inside, whether or not somebody still waits for it."""
+    job, _thread.job = _thread.job, None
+    try:
+        yield
+    finally:
+        _thread.job = job
+
+
+class _State(Enum):
+    WAITING = auto()
+    RUNNING = auto()
+    ENDED = auto()
+    DROPPED = auto()
+
+
+class _Cancelling:
+    """A statement that is being cancelled, by a thread of its own: it takes a connection to the server."""
+
+    def __init__(self, cancel: Callable[[], bool]) -> None:
+        self._cancel = cancel
+        self._has_ended = threading.Event()
+        self._is_certain = True
+        self._thread = threading.Thread(target=self._run, name="swarmdb-cancel")
+        self._thread.start()
+
+    def _run(self) -> None:
+        # The first may come before the statement has reached the server.
+        while self._is_certain and not self._has_ended.is_set():
+            self._is_certain = False
+            self._is_certain = self._cancel()
+            self._has_ended.wait(_AGAIN)
+
+    def statement_ended(self) -> bool:
+        """Wait until nothing is sent any more, and return whether no later statement can be hit."""
+        self._has_ended.set()
+        self._thread.join()
+        return self._is_certain
+
+
+class _Returned:
+    """Jobs that have ended, on their way to one event loop: waking it for each would cost more than most of them."""
+
+    __slots__ = ("_ended", "_is_expected", "_loop")
+
+    def __init__(self, loop: AbstractEventLoop) -> None:
+        self._loop = weakref.ref(loop)
+        self._ended: deque[Job[Any]] = deque()
+        self._is_expected = False
+
+    def is_for(self, loop: AbstractEventLoop) -> bool:
+        """Whether it is for this loop."""
+        return self._loop() is loop
+
+    def put(self, job: "Job[Any]", loop: AbstractEventLoop) -> None:
+        """Give *job* back, in the worker."""
+        self._ended.append(job)
+        if not self._is_expected:  # Two that see it at the same time do no harm.
+            self._is_expected = True
+            with suppress(RuntimeError):  # The loop is closed: nobody waits any more.
+                loop.call_soon_threadsafe(self._take)
+
+    def _take(self) -> None:
+        self._is_expected = False  # From here on, whoever comes too late for this round asks for another.
+        while self._ended:
+            self._ended.popleft().settle()
+
+
+class Runnable(Protocol):
+    """What a worker can be given to do."""
+
+    def run(self) -> None:
+        """Do it, in the worker."""
 
 
 class Job(Generic[T]):
@@ -30,137 +141,328 @@ class Job(Generic[T]):
     it has ended. Nothing of it happens later.
     """
 
-    def __init__(self, work: Callable[[], T], *, can_be_given_up: bool = True) -> None:
-        """Do *work*; *can_be_given_up* says whether a statement of it may be ended half-way when nobody waits."""
-        self._work = work
-        self._loop: AbstractEventLoop = asyncio.get_running_loop()
-        self._future: Future[T] = self._loop.create_future()
-        self._can_be_given_up = can_be_given_up
-        self._lock = threading.Lock()
-        self._was_begun = False
-        self._was_dropped = False
-        self.is_given_up = False
+    __slots__ = (
+        "_cancel",
+        "_cancelling",
+        "_end",
+        "_error",
+        "_future",
+        "_lock",
+        "_loop",
+        "_result",
+        "_returned",
+        "_state",
+        "_work",
+        "has_failed",
+        "is_given_up",
+        "is_in_block",
+    )
+
+    def __init__(self, work: Callable[[], T], *, is_in_block: bool = False) -> None:
+        """Do *work*.
+
+        Args:
+            work: What to do.
+            is_in_block: Whether it is part of a transaction that goes on when it is given up.
+        """
+        self._work: Callable[[], T] | None = work
+        self._loop = loop = asyncio.get_running_loop()
+        returned = _thread.returned
+        if returned is None or not returned.is_for(loop):
+            returned = _thread.returned = _Returned(loop)
+        self._returned = returned
+        self._future: Future[T] = loop.create_future()
         self._end: Future[None] | None = None
-        self.has_ended = False
-        self.result: T | None = None
-        self.error: BaseException | None = None
+        self._lock = threading.Lock()
+        self._state = _State.WAITING
+        self._result: T | None = None
+        self._error: BaseException | None = None
+        self._cancel: Callable[[], bool] | None = None
+        self._cancelling: _Cancelling | None = None
+        self.is_in_block = is_in_block
+        self.is_given_up = False
+        self.has_failed = False
+
+    @property
+    def has_succeeded(self) -> bool:
+        """Whether it has ended, without an error."""
+        return self._state is _State.ENDED and not self.has_failed
 
     # In the worker
 
     def run(self) -> None:
         """Do the work, unless it was dropped, and tell the event loop."""
         with self._lock:
-            if self._was_dropped:
+            if self._state is not _State.WAITING:
                 return
-            self._was_begun = True
+            self._state = _State.RUNNING
+        work, self._work = self._work, None
+        assert work is not None
         _thread.job = self
         try:
-            self.result = self._work()
+            self._result = work()
         except BaseException as error:  # noqa: BLE001 (it is raised where it is awaited)
-            self.error = error
+            self._error = error
+            self.has_failed = True
         finally:
             _thread.job = None
-        with suppress(RuntimeError):  # The loop is closed: nobody waits any more.
-            self._loop.call_soon_threadsafe(self._settle)
+        del work
+        self._returned.put(self, self._loop)
+
+    def statement_begins(self, cancel: Callable[[], bool]) -> bool:
+        """Note how to cancel a statement; see the function of this name."""
+        with self._lock:
+            if self.is_given_up and not self.is_in_block:
+                return False
+            self._cancel = cancel
+            return True
+
+    def statement_ends(self) -> bool:
+        """Wait for whoever is cancelling the statement; see the function of this name."""
+        with self._lock:
+            self._cancel = None
+            cancelling, self._cancelling = self._cancelling, None
+        return cancelling is None or cancelling.statement_ended()
 
     # In the event loop
 
-    def _settle(self) -> None:
-        self.has_ended = True
-        if not self._future.done():
-            if self.error is None:
-                self._future.set_result(self.result)  # type: ignore[arg-type]
-            else:
-                self._future.set_exception(self.error)
+    def settle(self) -> None:
+        """Tell who waits for it that it has ended."""
+        self._state = _State.ENDED
+        # The error's traceback has frames that have the job: in a circle, they would keep connections alive.
+        future = self._future
+        del self._future
+        error, self._error = self._error, None
+        result, self._result = self._result, None
+        if isinstance(error, StopIteration):  # A future refuses it, since a coroutine can't raise it.
+            stopped, error = error, RuntimeError("a call raised StopIteration, which no coroutine can")
+            error.__cause__ = stopped
+        if future.done():
+            pass  # Nobody waits for it any more.
+        elif error is None:
+            future.set_result(result)  # type: ignore[arg-type]
+        else:
+            future.set_exception(error)
         if self._end is not None and not self._end.done():
             self._end.set_result(None)
 
-    async def wait(self) -> T:
-        """Return what the work returns, or raise what it raises; if cancelled, once its fate is decided."""
+    async def wait(self, patience: float | None = None) -> T:
+        """Return what the work returns, or raise what it raises; if cancelled, once its fate is decided.
+
+        Args:
+            patience: How long it may wait for a worker, in seconds, before it is dropped. Default: for ever.
+
+        Raises:
+            BusyError: If it was dropped.
+        """
+        future = self._future
+        timer = None if patience is None else self._loop.call_later(patience, self._expire)
         try:
-            return await self._future
+            return await future
         except CancelledError:
             self._give_up()
-            await self.ended()
+            while not self._is_decided():
+                with suppress(CancelledError):  # Cancelled again and again, it is raised once.
+                    await self._ended()
             raise
+        except GeneratorExit:  # Nobody can wait here any more.
+            future.cancel()
+            self._give_up()
+            raise
+        finally:
+            if timer is not None:
+                timer.cancel()
+            del self, future, timer  # The error's traceback has this frame.
 
-    async def ended(self) -> None:
-        """Wait until its fate is decided, whoever cancels that; a cancellation is not raised here."""
-        while not self.has_ended and not self._was_dropped:
-            self._end = self._loop.create_future()
-            with suppress(CancelledError):
-                await self._end
+    async def wait_to_the_end(self) -> T:
+        """Return what the work returns, or raise what it raises; if cancelled, once it has been done all the same."""
+        future, cancellation = self._future, None
+        try:
+            while not self._is_decided():
+                try:
+                    await self._ended()
+                except CancelledError as error:
+                    cancellation = error
+            if cancellation is not None:
+                raise cancellation from future.exception()
+            return future.result()
+        except GeneratorExit:
+            future.cancel()
+            raise
+        finally:
+            del self, future, cancellation
+
+    async def look_on(self) -> T:
+        """Return what the work returns, or raise what it raises; if cancelled, at once, and it is done all the same."""
+        return await self._future
+
+    def _is_decided(self) -> bool:
+        return self._state is _State.ENDED or self._state is _State.DROPPED
+
+    def _ended(self) -> Future[None]:
+        self._end = self._loop.create_future()
+        return self._end
 
     def _give_up(self) -> None:
         with self._lock:
-            if not self._was_begun:
-                self._was_dropped = True
-            elif self._can_be_given_up:
+            if self._state is _State.WAITING:
+                self._drop()
+            elif self._state is _State.RUNNING and not self.is_given_up:
                 self.is_given_up = True
+                if self._cancel is not None:
+                    self._cancelling = _Cancelling(self._cancel)
 
-    async def wait_to_the_end(self) -> T:
-        """Return what the work returns; if cancelled meanwhile, it is done all the same, and then this is raised."""
-        was_cancelled = False
-        while not self.has_ended:
-            try:
-                await asyncio.shield(self._future)
-            except CancelledError:
-                was_cancelled = True
-            except BaseException:  # noqa: BLE001 (raised below)
-                break
-        if was_cancelled:
-            raise CancelledError from self.error
-        return await self._future
+    def _drop(self) -> None:
+        self._state = _State.DROPPED
+        self._work = None
+
+    def _expire(self) -> None:
+        with self._lock:
+            if self._state is not _State.WAITING:
+                return
+            self._drop()
+        if not self._future.done():
+            self._future.set_exception(
+                BusyError("transactions had all workers of this database for longer than the busy timeout")
+            )
 
 
 class Pinned:
     """A worker thread that is kept for one task, for as long as it has a transaction open."""
 
-    def __init__(self) -> None:
+    def __init__(self, workers: "Workers") -> None:
+        self._workers = workers
         self._jobs: SimpleQueue[Job[Any] | None] = SimpleQueue()
-        self._loop = asyncio.get_running_loop()
+        self._loop = weakref.ref(asyncio.get_running_loop())
+        #: What the worker has entered, and not left yet.
+        self.entered: list[AbstractContextManager[Any]] = []
+        #: How many blocks the task has open.
         self.depth = 0
 
     def submit(self, job: Job[Any]) -> None:
         """Have the worker do *job*, after those before it."""
         self._jobs.put(job)
 
-    def serve(self) -> None:
-        """Do its jobs, in the worker, until it is released."""
+    def release(self) -> None:
+        """Let the worker go, after the jobs before this."""
+        self._jobs.put(None)
+
+    def run(self) -> None:
+        """Do its jobs, in the worker, until it is released, or nobody is left to do so."""
+        try:
+            while (job := self._next()) is not None:
+                job.run()
+                del job
+        finally:
+            while self.entered:  # Else the worker would take the transaction along.
+                with suppress(Exception):
+                    self.entered.pop().__exit__(GeneratorExit, GeneratorExit(), None)
+            self._workers.unpinned()
+
+    def _next(self) -> Job[Any] | None:
         while True:
             try:
-                job = self._jobs.get(timeout=_LOOK)
+                return self._jobs.get(timeout=_LOOK)
             except Empty:
-                if self._loop.is_closed():
-                    return  # Its task will never release it.
-                continue
-            if job is None:
-                return
-            job.run()
+                loop = self._loop()
+                if loop is None or loop.is_closed() or _interpreter_is_ending():
+                    return None
+                del loop
 
-    def release(self) -> None:
-        """Let the worker go."""
-        self._jobs.put(None)
+
+def _interpreter_is_ending() -> bool:
+    """Whether the interpreter waits for the threads of pools, which it does before anything else says that it ends."""
+    try:
+        with ThreadPoolExecutor(1, "swarmdb-look") as pool:
+            pool.submit(int)
+    except RuntimeError:
+        return True
+    return False
 
 
 class Workers:
     """A bounded pool of worker threads."""
 
     def __init__(self, most: int) -> None:
-        self._executor = ThreadPoolExecutor(most, thread_name_prefix="swarmdb")
+        self._most = most
+        self._is_closed = False
+        self._start()
+        _instances.add(self)
 
-    def submit(self, job: Job[Any]) -> None:
-        """Have a worker do *job*, when one is free."""
-        self._executor.submit(job.run)
+    def _start(self) -> None:
+        # It starts the threads, and ends them with the interpreter; while they are busy, they need not ask it for more.
+        self._executor = ThreadPoolExecutor(self._most, thread_name_prefix="swarmdb")
+        self._lock = threading.Lock()
+        self._waiting: deque[Runnable] = deque()
+        self._busy = 0
+        self._pinned = 0
 
-    def pin(self) -> Pinned:
-        """Return a worker for one task, when one is free: its first job waits for that."""
-        pinned = Pinned()
-        self._executor.submit(pinned.serve)
-        return pinned
+    @property
+    def are_all_pinned(self) -> bool:
+        """Whether transactions have all workers, so that what is submitted waits until one ends."""
+        return self._pinned >= self._most
 
-    async def close(self) -> None:
-        """Wait until all that was submitted has ended, and let the workers go."""
-        job = Job(self._executor.shutdown)
-        threading.Thread(target=job.run, name="swarmdb-close").start()
-        await job.wait_to_the_end()
+    def submit(self, work: Runnable) -> bool:
+        """Have a worker do *work*, when one is free; False says that they were let go."""
+        with self._lock:
+            if self._is_closed:
+                return False
+            self._waiting.append(work)
+            if self._busy < self._most:
+                self._executor.submit(self._serve)
+                self._busy += 1
+        return True
+
+    def pin(self) -> Pinned | None:
+        """Return a worker for one task, when one is free: its first job waits for that. None if they were let go."""
+        pinned = Pinned(self)
+        with self._lock:
+            self._pinned += 1
+        if self.submit(pinned):
+            return pinned
+        self.unpinned()
+        return None
+
+    def unpinned(self) -> None:
+        """Count one less that is kept for a task."""
+        with self._lock:
+            self._pinned -= 1
+
+    def _serve(self) -> None:
+        while True:
+            try:
+                work = self._waiting.popleft()
+            except IndexError:
+                with self._lock:
+                    if not self._waiting:
+                        self._busy -= 1
+                        return
+                continue
+            work.run()
+            del work
+
+    def close(self) -> None:
+        """Take nothing more, wait until all that was submitted has ended, and let the workers go. Not in one of them.
+
+        A second call waits as well.
+        """
+        with self._lock:
+            self._is_closed = True
+        self._executor.shutdown()
+
+    def forget_all(self) -> None:
+        """Leave what is under way to the parent process. The child has workers of its own."""
+        self._start()
+
+
+_instances: weakref.WeakSet[Workers] = weakref.WeakSet()
+
+
+def _forget_after_fork() -> None:
+    _thread.job = None
+    for workers in _instances:
+        workers.forget_all()
+
+
+# Where there is no fork, there is nothing to register with.
+getattr(os, "register_at_fork", dict)(after_in_child=_forget_after_fork)

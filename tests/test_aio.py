@@ -1,0 +1,816 @@
+"""The facade for asyncio: that it is SwarmDB's, and how it lives in event loops, threads and processes."""
+
+import asyncio
+import gc
+import inspect
+import subprocess
+import sys
+import textwrap
+import threading
+import weakref
+from collections.abc import AsyncIterator
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from conftest import Clock
+from loops import at_work, cancelled, join_workers, run, until, workers
+from moai_flow.memory import (
+    AgentEvent,
+    AgentNotFoundError,
+    BusyError,
+    ClosedError,
+    CorruptDataError,
+    EventData,
+    InvalidInputError,
+    RetentionPolicy,
+    StorageError,
+    SwarmDB,
+    TaskResult,
+    TransactionError,
+)
+from moai_flow.memory.aio import AsyncSwarmDB
+from moai_flow.memory.engine import create
+
+EVENT: EventData = {"event_type": "spawn", "agent_id": "a", "agent_type": "t"}
+
+
+def event(agent_id: str) -> EventData:
+    return {"event_type": "spawn", "agent_id": agent_id, "agent_type": "t"}
+
+
+def public(kind: type) -> set[str]:
+    return {name for name in dir(kind) if not name.startswith("_")}
+
+
+# What it has in common with SwarmDB
+
+
+def test_it_has_every_public_name_of_the_sync_facade_and_no_other() -> None:
+    assert public(AsyncSwarmDB) == public(SwarmDB)
+
+
+@pytest.mark.parametrize("name", sorted({*public(SwarmDB), "__init__"} - {"close"}))
+def test_a_method_has_the_parameters_and_the_docstring_of_the_sync_one(name: str) -> None:
+    ours, theirs = inspect.getattr_static(AsyncSwarmDB, name), inspect.getattr_static(SwarmDB, name)
+
+    assert isinstance(ours, property) == isinstance(theirs, property)
+    if isinstance(theirs, property):
+        return
+    assert inspect.signature(ours) == inspect.signature(theirs)
+    assert ours.__doc__.endswith(theirs.__doc__)
+    assert ours.__name__ == theirs.__name__
+
+
+def test_what_returns_a_value_is_awaited_and_what_does_not_is_iterated_or_entered() -> None:
+    iterated = {"iter_events", "watch_events"}
+    entered = {"transaction", "session", "track_task", "track_agent"}
+    awaited = {name for name in public(AsyncSwarmDB) if inspect.iscoroutinefunction(getattr(AsyncSwarmDB, name))}
+
+    properties = {name for name in public(SwarmDB) if isinstance(inspect.getattr_static(SwarmDB, name), property)}
+    assert public(AsyncSwarmDB) - awaited - properties == iterated | entered
+
+
+def test_each_group_gives_the_same_answers(url: str, clock: Clock) -> None:
+    async def scenario(db: AsyncSwarmDB) -> None:
+        assert (await db.register_agent("a", "t")).agent_id == "a"
+        assert (await db.update_agent_status("a", "running")).status == "running"
+        assert [agent.agent_id for agent in await db.get_active_agents()] == ["a"]
+        assert await db.get_agent("b") is None
+        assert await db.insert_event(EVENT, event_id="e") == "e"
+        assert [found.event_id for found in await db.get_events()] == ["e"]
+        await db.store_memory("s", "semantic", "k", {"deep": [1]})
+        assert await db.get_memory("s", "semantic", "k") == {"deep": [1]}
+        assert await db.store_task_metric("t", "a", 5, "success") == clock()
+        assert (await db.summarize_tasks()).count == 1
+        assert not any(table.rows for table in (await db.cleanup(days=1, dry_run=True)).tables)
+        assert await db.schema_version == "2.1.0"
+        assert await db.retention == RetentionPolicy()
+        assert await db.last_cleanup is None
+        assert (await db.check()).ok
+        assert await db.size_bytes() > 0
+
+    run(scenario, url, clock=clock)
+
+
+def test_errors_are_the_same_too(url: str) -> None:
+    async def scenario(db: AsyncSwarmDB) -> None:
+        with pytest.raises(AgentNotFoundError):
+            await db.update_agent_status("nobody", "running")
+        with pytest.raises(InvalidInputError):
+            await db.register_agent("", "t")
+        with pytest.raises(InvalidInputError):
+            async for _ in db.iter_events(batch_size=0):
+                pass
+        with pytest.raises(InvalidInputError):
+            await anext(db.watch_events(poll=0))
+
+    run(scenario, url)
+
+
+def test_the_file_is_known_once_it_is_open(path: Path) -> None:
+    async def main() -> None:
+        db = AsyncSwarmDB(path)
+        with pytest.raises(StorageError):
+            _ = db.db_path
+        async with db:
+            assert db.db_path == path
+
+    asyncio.run(main())
+
+
+# Opening and closing
+
+
+def test_unknown_parameters_are_refused_at_the_call_and_bad_values_where_it_is_opened(path: Path) -> None:
+    with pytest.raises(TypeError):
+        AsyncSwarmDB(path, colour="red")  # type: ignore[call-arg]
+
+    async def main() -> None:
+        refused: list[dict[str, Any]] = [
+            {"pool_size": 0},
+            {"pool_size": "many"},
+            {"busy_timeout": "long"},
+            {"durability": "low"},
+        ]
+        for options in refused:
+            with pytest.raises(InvalidInputError):
+                async with AsyncSwarmDB(path, **options):
+                    pass
+            with pytest.raises(InvalidInputError):
+                await AsyncSwarmDB(path, **options).schema_version
+
+    asyncio.run(main())
+    assert not path.exists()
+
+
+def test_nothing_is_opened_before_the_first_call_and_then_once(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = []
+
+    def noting(*arguments: Any) -> Any:
+        opened.append(arguments)
+        return create(*arguments)
+
+    monkeypatch.setattr("moai_flow.memory.db.create", noting)
+
+    async def main() -> None:
+        db = AsyncSwarmDB(path)
+        assert opened == []
+        assert not path.exists()
+        await asyncio.gather(*(db.register_agent(str(number), "t") for number in range(50)))
+        assert len(opened) == 1
+        assert len(await db.list_agents()) == 50
+        await db.close()
+
+    asyncio.run(main())
+
+
+def test_an_opening_that_failed_is_tried_again_by_the_next_call(tmp_path: Path) -> None:
+    blocked = tmp_path / "folder"
+    blocked.write_text("no folder")
+
+    async def main() -> None:
+        db = AsyncSwarmDB(blocked / "swarm.db")
+        with pytest.raises(StorageError):
+            await db.register_agent("a", "t")
+        blocked.unlink()
+        await db.register_agent("a", "t")
+        await db.close()
+
+    asyncio.run(main())
+
+
+def test_what_cannot_be_entered_is_closed(tmp_path: Path) -> None:
+    blocked = tmp_path / "folder"
+    blocked.write_text("no folder")
+
+    async def main() -> None:
+        db = AsyncSwarmDB(blocked / "swarm.db")
+        with pytest.raises(StorageError):
+            async with db:
+                pass
+        blocked.unlink()
+        with pytest.raises(ClosedError):
+            await db.register_agent("a", "t")
+
+    asyncio.run(main())
+    join_workers()
+
+
+def test_after_closing_everything_says_so(url: str) -> None:
+    async def main() -> None:
+        async with AsyncSwarmDB(url=url) as db:
+            await db.insert_event(EVENT)
+            watching = db.watch_events(0)
+            await anext(watching)
+        assert repr(db).endswith(", closed)")
+        with pytest.raises(ClosedError):
+            await db.register_agent("a", "t")
+        with pytest.raises(ClosedError):
+            await db.schema_version
+        with pytest.raises(ClosedError):
+            async with db.transaction():
+                pass
+        with pytest.raises(ClosedError):
+            async with db.track_task("t", "a"):
+                pass
+        with pytest.raises(ClosedError):
+            await anext(watching)
+        with pytest.raises(ClosedError):
+            async with db:
+                pass
+        await db.close()
+
+    asyncio.run(main())
+
+
+def test_it_may_be_closed_before_it_was_opened_and_twice_at_once(url: str) -> None:
+    async def main() -> None:
+        await AsyncSwarmDB(url=url).close()
+        db = AsyncSwarmDB(url=url)
+        await db.register_agent("a", "t")
+        await asyncio.gather(db.close(), db.close(), db.close())
+        assert db._db is not None
+        assert db._db._connections.closed
+
+    asyncio.run(main())
+    join_workers()
+
+
+def test_closing_waits_for_calls_and_transactions_that_are_under_way(url: str) -> None:
+    async def main() -> None:
+        db = AsyncSwarmDB(url=url)
+        task = asyncio.create_task(_write_slowly(db, entered := asyncio.Event(), go_on := asyncio.Event()))
+        await entered.wait()
+        closing = asyncio.create_task(db.close())
+        await until(lambda: db._is_closed)
+        with pytest.raises(ClosedError):
+            await db.list_agents()
+        go_on.set()
+        await closing
+        assert task.done()
+        await task
+
+    asyncio.run(main())
+
+
+async def _write_slowly(db: AsyncSwarmDB, entered: asyncio.Event, go_on: asyncio.Event) -> None:
+    async with db.transaction():
+        entered.set()
+        await go_on.wait()
+        await db.register_agent("a", "t")
+        async with db.transaction():
+            await db.register_agent("b", "t")
+        assert len(await db.list_agents()) == 2
+
+
+def test_closing_that_is_cancelled_stops_waiting_and_closes_all_the_same(url: str) -> None:
+    async def main() -> None:
+        db = AsyncSwarmDB(url=url)
+        task = asyncio.create_task(_write_slowly(db, entered := asyncio.Event(), go_on := asyncio.Event()))
+        await entered.wait()
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.01):
+                await db.close()
+        go_on.set()
+        await task
+        await db.close()
+        assert db._db is not None
+        assert db._db._connections.closed
+
+    asyncio.run(main())
+    join_workers()
+
+
+def test_closing_inside_an_own_transaction_is_refused(url: str) -> None:
+    async def scenario(db: AsyncSwarmDB) -> None:
+        async with db.transaction():
+            with pytest.raises(TransactionError):
+                await db.close()
+            await db.register_agent("a", "t")
+        assert await db.get_agent("a") is not None
+
+    run(scenario, url)
+
+
+# Loops, threads, processes
+
+
+def test_one_object_serves_one_loop_after_another(url: str) -> None:
+    db = AsyncSwarmDB(url=url)
+    for number in range(3):
+        asyncio.run(_register(db, str(number)))
+
+    async def rest() -> None:
+        assert len(await db.list_agents()) == 3
+        await db.close()
+
+    asyncio.run(rest())
+    join_workers()
+
+
+async def _register(db: AsyncSwarmDB, name: str) -> None:
+    async with db.transaction():
+        await db.register_agent(name, "t")
+
+
+def test_loops_in_two_threads_use_one_object(url: str) -> None:
+    db = AsyncSwarmDB(url=url, pool_size=2)
+
+    async def work(name: str) -> None:
+        for number in range(20):
+            await _register(db, f"{name}-{number}")
+            await db.get_agent(f"{name}-{number}")
+
+    threads = [threading.Thread(target=asyncio.run, args=(work(name),)) for name in "ab"]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+    async def rest() -> None:
+        assert len(await db.list_agents()) == 40
+        await db.close()
+
+    asyncio.run(rest())
+
+
+def test_a_transaction_of_a_loop_that_was_closed_in_the_middle_is_rolled_back(shared_url: str) -> None:
+    db = AsyncSwarmDB(url=shared_url, pool_size=1)
+
+    loop = asyncio.new_event_loop()
+    has_written = loop.create_future()
+
+    async def begin() -> None:
+        async with db.transaction():
+            await db.register_agent("half", "t")
+            has_written.set_result(None)
+            await asyncio.sleep(3600)
+
+    task = loop.create_task(begin())
+    loop.run_until_complete(has_written)
+    loop.close()
+
+    async def rest() -> None:
+        async with db.transaction():
+            assert await db.list_agents() == []
+            await db.register_agent("whole", "t")
+        assert len(await db.list_agents()) == 1
+        await db.close()
+
+    asyncio.run(rest())
+    join_workers()
+    task._log_destroy_pending = False  # type: ignore[attr-defined]
+
+
+IN_A_PROCESS = """
+import asyncio, os, sys
+from moai_flow.memory.aio import AsyncSwarmDB
+path = sys.argv[1]
+"""
+
+
+def in_a_process(program: str, path: Path) -> str:
+    code = IN_A_PROCESS + textwrap.dedent(program)
+    done = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_an_interpreter_ends_with_a_database_that_was_never_closed(path: Path) -> None:
+    program = """
+    async def main():
+        global db
+        db = AsyncSwarmDB(path)
+        await db.register_agent("a", "t")
+    asyncio.run(main())
+    """
+    in_a_process(program, path)
+
+    with SwarmDB(path) as db:
+        assert db.get_agent("a") is not None
+
+
+def test_an_interpreter_ends_in_the_middle_of_a_transaction(path: Path) -> None:
+    program = """
+    async def main(entered):
+        global db
+        db = AsyncSwarmDB(path)
+        await db.register_agent("a", "t")
+        async with db.transaction():
+            await db.register_agent("b", "t")
+            entered.set_result(None)
+            await asyncio.sleep(3600)
+    loop = asyncio.new_event_loop()
+    entered = loop.create_future()
+    task = loop.create_task(main(entered))
+    loop.run_until_complete(entered)
+    """
+    in_a_process(program, path)
+
+    with SwarmDB(path, busy_timeout=0) as db:
+        assert [agent.agent_id for agent in db.list_agents()] == ["a"]
+        db.register_agent("c", "t")
+
+
+def test_a_forked_child_uses_it_on(path: Path) -> None:
+    program = """
+    async def work(name):
+        async with db.transaction():
+            await db.register_agent(name, "t")
+        await db.insert_event({"event_type": "spawn", "agent_id": name, "agent_type": "t"})
+    db = AsyncSwarmDB(path)
+    asyncio.run(work("parent"))
+    child = os.fork()
+    if not child:
+        asyncio.run(work("child"))
+        asyncio.run(db.close())
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+    asyncio.run(work("again"))
+    asyncio.run(db.close())
+    """
+    in_a_process(program, path)
+
+    with SwarmDB(path) as db:
+        assert {agent.agent_id for agent in db.list_agents()} == {"parent", "child", "again"}
+
+
+def test_no_thread_is_left_when_the_object_is_gone(path: Path) -> None:
+    async def main() -> None:
+        db = AsyncSwarmDB(path)
+        await asyncio.gather(*(db.register_agent(str(number), "t") for number in range(20)))
+        assert workers()
+
+    asyncio.run(main())
+    gc.collect()
+    join_workers()
+
+
+def test_an_error_that_was_caught_is_gone_at_once_with_all_that_it_holds(url: str) -> None:
+    async def scenario(db: AsyncSwarmDB) -> None:
+        async def fail() -> "weakref.ref[BaseException]":
+            try:
+                await db.update_agent_status("nobody", "running")
+            except AgentNotFoundError as error:
+                return weakref.ref(error)
+            raise AssertionError
+
+        gc.collect()
+        gc.disable()
+        try:
+            gone = [await fail() for _ in range(5)]
+            await db.list_agents()
+            assert [reference() for reference in gone] == [None] * 5
+        finally:
+            gc.enable()
+
+    run(scenario, url)
+
+
+def test_an_error_that_nobody_can_await_any_more_is_no_complaint(url: str, caplog: pytest.LogCaptureFixture) -> None:
+    async def scenario(db: AsyncSwarmDB) -> None:
+        go_on = threading.Event()
+
+        def fail(store: SwarmDB) -> None:
+            go_on.wait()
+            raise ValueError
+
+        task, begun = at_work(db, fail)
+        await until(begun.is_set)
+        ended = asyncio.create_task(cancelled(task))
+        await asyncio.sleep(0)
+        go_on.set()
+        assert await ended
+
+    run(scenario, url)
+    gc.collect()
+    assert caplog.records == []
+
+
+def test_a_call_that_raises_stop_iteration_or_exits_does_not_hang(path: Path) -> None:
+    async def scenario(db: AsyncSwarmDB) -> None:
+        async with db.transaction() as conn:
+            with pytest.raises(RuntimeError, match="StopIteration"):
+                await conn.run(lambda _: next(iter([])))
+            with pytest.raises(asyncio.CancelledError):
+                await conn.run(_cancel)
+            await db.register_agent("a", "t")
+        assert await db.get_agent("a") is not None
+
+    run(scenario, f"sqlite:///{path}")
+
+
+def _cancel(_: Any) -> None:
+    raise asyncio.CancelledError
+
+
+# Workers
+
+
+def test_as_many_calls_run_at_once_as_the_pool_is_large(url: str) -> None:
+    async def scenario(db: AsyncSwarmDB) -> None:
+        barrier = threading.Barrier(3)
+        await asyncio.gather(*(db._do(lambda _: barrier.wait()) for _ in range(3)))
+        assert len(workers()) == 3
+
+    run(scenario, url, pool_size=3)
+
+
+def test_a_call_waits_while_transactions_have_all_workers(url: str) -> None:
+    async def scenario(db: AsyncSwarmDB) -> None:
+        async with db.transaction():
+            await db.register_agent("a", "t")
+            reading = asyncio.create_task(db.list_agents())
+            beginning = asyncio.create_task(_register(db, "b"))
+            await asyncio.sleep(0.01)
+            assert not reading.done()
+        assert [agent.agent_id for agent in await reading] == ["a"]
+        await beginning
+
+    run(scenario, url, pool_size=1)
+
+
+def test_a_task_that_waits_in_its_transaction_for_one_that_waits_for_its_worker_is_told(url: str) -> None:
+    async def scenario(db: AsyncSwarmDB) -> None:
+        async with db.transaction():
+            await db.register_agent("a", "t")
+            for other in (db.list_agents(), _register(db, "b")):
+                with pytest.raises(BusyError, match="workers"):
+                    await asyncio.create_task(other)
+        assert len(await db.list_agents()) == 1
+        await _register(db, "b")
+
+    run(scenario, url, pool_size=1, busy_timeout=0.05)
+
+
+# Iterating
+
+
+def test_iterating_reads_ahead_a_bounded_number_of_events(url: str) -> None:
+    async def scenario(db: AsyncSwarmDB) -> None:
+        await db.insert_events([event(str(number)) for number in range(1, 251)])
+        events = [found.agent_id async for found in db.iter_events(batch_size=70)]
+        assert events == [str(number) for number in range(1, 251)]
+        async with db.transaction():
+            await db.insert_event(event("inside"))
+            assert [found.agent_id async for found in db.iter_events("inside")] == ["inside"]
+
+    run(scenario, url)
+
+
+def test_an_iteration_that_is_left_early_holds_nothing(url: str) -> None:
+    async def scenario(db: AsyncSwarmDB) -> None:
+        await db.insert_events([event(str(number)) for number in range(300)])
+        for _ in range(5):
+            async for _event in db.iter_events():
+                break
+        kept = [db.iter_events() for _ in range(5)]
+        for events in kept:
+            await anext(events)
+        await until(lambda: db._workers._busy == 0)
+        await db.vacuum()
+
+    run(scenario, url, pool_size=1)
+
+
+def test_what_comes_before_a_corrupt_event_is_given_before_the_error(path: Path) -> None:
+    async def scenario(db: AsyncSwarmDB) -> None:
+        await db.insert_events([event(str(number)) for number in range(1, 251)])
+        async with db.transaction() as conn:
+            await conn.execute("UPDATE agent_events SET metadata = 'no JSON' WHERE agent_id = '250'")
+        for events in (db.iter_events(), db.watch_events(0)):
+            given = []
+            with pytest.raises(CorruptDataError):
+                async for found in events:
+                    given.append(found.agent_id)  # noqa: PERF401 (a comprehension would lose what came before)
+            assert given[:200] == [str(number) for number in range(1, 201)]
+            assert "250" not in given
+            with pytest.raises(StopAsyncIteration):
+                await anext(events)
+
+    run(scenario, f"sqlite:///{path}")
+
+
+async def take(events: AsyncIterator[AgentEvent], count: int) -> list[str]:
+    return [(await anext(events)).agent_id for _ in range(count)]
+
+
+def test_a_watcher_sees_events_as_they_come_and_another_goes_on_where_it_was(url: str) -> None:
+    async def scenario(db: AsyncSwarmDB) -> None:
+        watching = db.watch_events(0, poll=0.001)
+        taking = asyncio.create_task(take(watching, 3))
+        for name in "abc":
+            await asyncio.sleep(0)
+            await db.insert_event(event(name))
+        assert await taking == ["a", "b", "c"]
+        last = (await db.get_events(limit=1))[0]
+        await db.insert_events([event("d"), event("e")])
+        assert await take(watching, 1) == ["d"]
+        assert await take(db.watch_events(last), 2) == ["d", "e"]
+
+    run(scenario, url)
+
+
+def test_a_watcher_that_waits_takes_no_worker_ends_at_once_and_loses_nothing(url: str) -> None:
+    async def scenario(db: AsyncSwarmDB) -> None:
+        watching = db.watch_events(0, poll=3600)
+        waiting = asyncio.create_task(take(watching, 1))
+        await until(lambda: watching._begun is not None and watching._begun[1].pause > 0)  # type: ignore[attr-defined]
+        with pytest.raises(RuntimeError, match="another task"):
+            await anext(watching)
+        assert await db.insert_event(event("a"))
+        assert await cancelled(waiting)
+        watching._begun = watching._begun[0], watching._begun[1]._replace(pause=0)  # type: ignore[attr-defined]
+        assert await take(watching, 1) == ["a"]
+
+    run(scenario, url, pool_size=1)
+
+
+def test_events_are_not_watched_inside_a_transaction(url: str) -> None:
+    async def scenario(db: AsyncSwarmDB) -> None:
+        await db.insert_events([event("a"), event("b")])
+        watching = db.watch_events(0)
+        assert await take(watching, 1) == ["a"]
+        async with db.transaction():
+            with pytest.raises(TransactionError):
+                await anext(watching)
+            with pytest.raises(TransactionError):
+                await anext(db.watch_events(0))
+            await db.register_agent("a", "t")
+        assert await take(db.watch_events(0), 1) == ["a"]
+
+    run(scenario, url)
+
+
+# Tracking
+
+
+def test_a_tracked_task_is_recorded_as_it_ended(url: str, clock: Clock) -> None:
+    async def scenario(db: AsyncSwarmDB) -> dict[str, str]:
+        async with db.track_task("returns", "a") as task:
+            task.tokens_used = 7
+        assert task.timestamp == clock()
+        with pytest.raises(KeyError):
+            async with db.track_task("raises", "a"):
+                raise KeyError
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.01), db.track_task("cut off", "a"):
+                await asyncio.sleep(3600)
+        with pytest.raises(TimeoutError):
+            async with db.track_task("times out", "a"), asyncio.timeout(0.01):
+                await asyncio.sleep(3600)
+        with pytest.raises(ExceptionGroup):
+            async with asyncio.TaskGroup() as group:
+                group.create_task(_tracked(db, "sibling"))
+                await until(lambda: db._db is not None)
+                group.create_task(_fail())
+        assert await cancelled(await _begun(_tracked(db, "cancelled")))
+        return {metric.task_id: str(metric.result) for metric in await db.get_task_metrics()}
+
+    assert run(scenario, url, clock=clock) == {
+        "returns": "success",
+        "raises": "failure",
+        "cut off": "cancelled",
+        "times out": "timeout",
+        "sibling": "cancelled",
+        "cancelled": "cancelled",
+    }
+
+
+_inside: "weakref.WeakSet[asyncio.Task[Any]]" = weakref.WeakSet()
+
+
+async def _tracked(db: AsyncSwarmDB, name: str) -> None:
+    async with db.track_task(name, "a"):
+        task = asyncio.current_task()
+        assert task is not None
+        _inside.add(task)
+        await asyncio.sleep(3600)
+
+
+async def _fail() -> None:
+    await until(lambda: bool(_inside))
+    raise KeyError
+
+
+async def _begun(work: Any) -> "asyncio.Task[Any]":
+    task = asyncio.create_task(work)
+    await until(lambda: task in _inside)
+    return task
+
+
+def test_a_task_that_is_cancelled_again_while_it_is_recorded_is_recorded(shared_url: str) -> None:
+    async def scenario(db: AsyncSwarmDB) -> None:
+        with SwarmDB(url=shared_url) as other:
+            task = await _begun(_tracked(db, "cancelled"))
+            with other.transaction() as conn:
+                if "postgresql" in shared_url:
+                    conn.execute("LOCK task_metrics")
+                for _ in range(10):
+                    task.cancel()
+                    await asyncio.sleep(0.005)
+                assert not task.done()
+            assert await cancelled(task)
+        (metric,) = await db.get_task_metrics()
+        assert metric.result is TaskResult.CANCELLED
+
+    run(scenario, shared_url)
+
+
+def test_a_task_in_an_iteration_that_is_left_early_is_recorded_as_cancelled(url: str) -> None:
+    async def scenario(db: AsyncSwarmDB) -> None:
+        async def steps() -> AsyncIterator[int]:
+            async with db.track_task("given up", "a"):
+                yield 1
+                yield 2
+
+        iteration = steps()
+        assert await anext(iteration) == 1
+        await iteration.aclose()  # type: ignore[attr-defined]
+        (metric,) = await db.get_task_metrics()
+        assert metric.result is TaskResult.CANCELLED
+
+    run(scenario, url)
+
+
+def test_a_task_that_ends_after_the_database_was_closed_says_so(url: str) -> None:
+    async def main() -> None:
+        db = AsyncSwarmDB(url=url)
+        with pytest.raises(ClosedError):
+            async with db.track_task("a", "a"):
+                await db.close()
+        db = AsyncSwarmDB(url=url)
+        with pytest.raises(KeyError) as raised:
+            async with db.track_task("a", "a"):
+                await db.close()
+                raise KeyError
+        assert "could not be stored: ClosedError" in raised.value.__notes__[0]
+
+    asyncio.run(main())
+
+
+def test_the_time_of_a_task_does_not_count_waiting_for_a_worker(url: str) -> None:
+    async def scenario(db: AsyncSwarmDB) -> None:
+        stop = threading.Event()
+        async with db.track_task("a", "a") as tracked:
+            task, begun = at_work(db, lambda _: stop.wait())
+            await until(begun.is_set)
+            leaving = asyncio.get_running_loop().call_later(0.01, lambda: seen.append(tracked.duration_ms))
+            seen: list[int | None] = []
+            asyncio.get_running_loop().call_later(0.02, stop.set)
+        assert leaving.cancelled() is False
+        assert seen == [tracked.duration_ms]
+        await task
+
+    run(scenario, url, pool_size=1)
+
+
+def test_a_tracked_agent_is_alive_for_as_long_as_its_block(url: str) -> None:
+    async def scenario(db: AsyncSwarmDB) -> None:
+        async with db.track_agent("a", "t", {"x": 1}) as agent:
+            assert (agent.agent_id, agent.agent_type, agent.duration_ms) == ("a", "t", None)
+            assert await agent.heartbeat()
+            agent.metadata["seen"] = 3
+            await db.delete_agent("a")
+            with pytest.raises(AgentNotFoundError):
+                await agent.heartbeat()
+        (ended,) = await db.get_events(event_type="complete")
+        assert ended.metadata_ == {"seen": 3}
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.01), db.track_agent("b", "t"):
+                await asyncio.sleep(3600)
+        (failed,) = await db.get_events(event_type="error")
+        assert failed.metadata_["outcome"] == "cancelled"
+        found = await db.get_agent("b")
+        assert found is not None
+        assert found.status == "error"
+        assert await db.find_stale_agents(timedelta(hours=1)) == []
+
+    run(scenario, url)
+
+
+def test_a_block_is_entered_once(url: str) -> None:
+    async def scenario(db: AsyncSwarmDB) -> None:
+        for block in (db.track_task("t", "a"), db.track_agent("a", "t"), db.transaction(), db.session()):
+            async with block:
+                pass
+            with pytest.raises(RuntimeError, match="once"):
+                await block.__aenter__()
+
+    run(scenario, url)
+
+
+@pytest.mark.skipif(sys.version_info < (3, 12), reason="eager tasks came with Python 3.12")
+def test_eager_tasks_are_tasks_like_others(url: str) -> None:
+    async def scenario(db: AsyncSwarmDB) -> None:
+        asyncio.get_running_loop().set_task_factory(asyncio.eager_task_factory)  # type: ignore[attr-defined,unused-ignore]
+        async with db.session():
+            await db.register_agent("a", "t")
+            assert await db.get_agent("a") is not None
+        await asyncio.gather(*(_register(db, str(number)) for number in range(10)))
+        assert len(await db.list_agents()) == 11
+
+    run(scenario, url)
