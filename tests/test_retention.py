@@ -533,6 +533,20 @@ def test_a_mark_of_a_clock_that_was_wrong_or_of_no_use_holds_nothing_up(db: Swar
     assert db.last_cleanup == clock.now
 
 
+def test_a_clock_that_leaps_at_each_look_does_no_harm(path: Path, clock: Clock) -> None:
+    def leaping() -> datetime:
+        clock.advance(days=2)
+        return clock.now
+
+    with SwarmDB(path, clock=leaping) as db:
+        event(db, clock.now - DAYS_30, "old")
+        for _ in range(3):
+            event(db, clock.now, "new")
+
+        assert count(db) == 0
+        assert count(db, "new") == 3
+
+
 def test_it_waits_for_nobody(path: Path, clock: Clock) -> None:
     with (
         SwarmDB(path, clock=clock, busy_timeout=0.3) as db,

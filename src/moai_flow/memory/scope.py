@@ -406,7 +406,8 @@ class Scope:
         Args:
             readonly: Whether it refuses writes, and shows one snapshot.
             alone: Whether what it reads has to stay true until it commits.
-            patient: Whether it waits for other writers; else it raises `BusyError` at once.
+            patient: Whether it waits for other writers; else it raises `BusyError` at once. Only a cleanup doesn't, and
+                begins no other one.
         """
         connections = self._connections
         connections.check_open()
@@ -422,7 +423,7 @@ class Scope:
             return
         if not readonly or self._location.is_in_memory:
             self._refuse_to_wait()
-        if not readonly and self._clock() >= self._cleanup_due:
+        if not readonly and patient and self._clock() >= self._cleanup_due:
             self._clean_if_due()
         task = _current_task()
         held = connections.take()
