@@ -7,6 +7,7 @@ import sqlite3
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from datetime import UTC, datetime, timedelta
 from multiprocessing.synchronize import Barrier
@@ -327,6 +328,28 @@ def test_what_is_no_age_is_refused_and_removes_nothing(db: SwarmDB, arguments: d
         db.cleanup(**arguments)
 
     assert count(db) == 3
+
+
+def test_a_cleanup_goes_on_where_others_remove_the_same_rows(
+    postgres_url: str, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(retention, "_MANY", 10)
+    waiting = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'"
+    with (
+        SwarmDB(url=postgres_url, clock=clock, retention=RetentionPolicy.keep_all()) as db,
+        SwarmDB(url=postgres_url, clock=clock) as other,
+        ThreadPoolExecutor(1) as pool,
+    ):
+        many_old_events(db, 25)
+        with db.transaction() as raw:
+            raw.execute("DELETE FROM agent_events WHERE id IN (SELECT min(id) FROM agent_events)")
+            cleaning = pool.submit(other.cleanup_old_events, 30)
+            deadline = time.monotonic() + 60
+            while not raw.execute(waiting).fetchone()[0] and time.monotonic() < deadline:
+                raw.execute("SELECT pg_stat_clear_snapshot()")
+
+        assert cleaning.result() == 24
+        assert count(db) == 0
 
 
 def test_inside_a_transaction_a_cleanup_is_part_of_it(db: SwarmDB) -> None:

@@ -531,7 +531,9 @@ class RetentionOperations(Scope):
             bounds = {"after": after or "", "last": last, "cutoff": _bound(name, cutoff)}
             return _Done(self._write(_DELETE_AGENTS, bounds).rowcount, last)
         rows: int = self._write(_DELETE_OLDEST[name], {"cutoff": cutoff, "limit": limit}).rowcount
-        return _Done(rows, 0 if rows == limit else None)
+        # On a server, others may remove some of the same rows: a chunk that is not full need not be the last one.
+        goes_on = rows > 0 if self._location.is_on_server else rows == limit
+        return _Done(rows, 0 if goes_on else None)
 
     def _dead_memories(self, cutoff: datetime, after: int, limit: int) -> Iterator[tuple[list[_DeadMemory], int]]:
         """Yield, slice by slice, what nobody has been able to get since before *cutoff*, and the slice's last id."""
