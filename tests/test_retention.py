@@ -115,6 +115,15 @@ def test_a_policy_that_is_passed_is_kept_by_the_database(
         assert db.retention == policy
 
 
+@pytest.mark.parametrize("age", [timedelta.max, timedelta.max - TICK, timedelta(days=200_000), timedelta(0), TICK])
+def test_the_longest_and_the_shortest_age_are_kept_too(path: Path, age: timedelta) -> None:
+    with SwarmDB(path, retention=RetentionPolicy(events=age)) as db:
+        kept = db.retention.events
+
+    assert kept is not None
+    assert abs(kept - age) <= TICK
+
+
 def test_passing_the_policy_that_is_in_force_writes_nothing(path: Path) -> None:
     SwarmDB(path, retention=POLICY).close()
     with closing(sqlite3.connect(path, isolation_level=None)) as other:
@@ -568,6 +577,23 @@ def test_a_clock_that_leaps_at_each_look_does_no_harm(path: Path, clock: Clock) 
 
         assert count(db) == 0
         assert count(db, "new") == 3
+
+
+def test_a_memory_that_has_not_expired_stays_though_a_cleanup_began_by_a_clock_that_was_ahead(
+    path: Path, clock: Clock
+) -> None:
+    with SwarmDB(path, clock=clock, retention=RetentionPolicy(memory=timedelta(0))) as db:
+        many_old_events(db, 1500)
+        db.store_memory("s", "semantic", "k", "x", ttl_hours=49)
+        clock.advance(hours=49.5)
+        event(db, clock.now)
+        assert db.last_cleanup is None  # It is not done with the events.
+    clock.advance(minutes=-50)
+    with SwarmDB(path, clock=clock) as db:
+        event(db, clock.now)
+
+        assert db.last_cleanup == clock.now
+        assert db.get_memory("s", "semantic", "k") == "x"
 
 
 def test_it_waits_for_nobody(path: Path, clock: Clock) -> None:

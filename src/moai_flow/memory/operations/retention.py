@@ -339,9 +339,15 @@ def _decode_policy(text: str) -> RetentionPolicy:
     if not isinstance(ages, dict) or set(ages) != set(_NAMES):
         raise ValueError(f"ages of {', '.join(_NAMES)} are expected")
     try:
-        return RetentionPolicy(**{name: None if age is None else timedelta(seconds=age) for name, age in ages.items()})
+        return RetentionPolicy(**{name: None if age is None else _decode_age(age) for name, age in ages.items()})
     except (TypeError, OverflowError) as error:
         raise ValueError(str(error)) from None
+
+
+def _decode_age(seconds: float) -> timedelta:
+    if seconds == timedelta.max.total_seconds():  # Which is rounded up, to more than a timedelta holds.
+        return timedelta.max
+    return timedelta(seconds=seconds)
 
 
 def _encode_place(place: _Place) -> str:
@@ -589,7 +595,7 @@ class RetentionOperations(Scope):
                 return _next_look(marks, now)  # Another process has done it since.
             left = _FEW
             while place is not None and left > 0:
-                cutoff = _cutoff(marks.policy, place.name, place.began)
+                cutoff = _cutoff(marks.policy, place.name, min(place.began, now))  # Another's clock may be ahead.
                 done = _Done(0) if cutoff is None else self._step(place.name, cutoff, place.after, left)
                 left -= max(done.rows, 0 if done.after is None else _FEW // 4)  # Looking costs time as well.
                 place = place.next_table if done.after is None else place._replace(after=done.after)
