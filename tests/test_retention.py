@@ -27,6 +27,7 @@ from moai_flow.memory import (
     SwarmDB,
     SwarmDBError,
     TransactionError,
+    scope,
 )
 from moai_flow.memory.operations import retention
 
@@ -514,6 +515,72 @@ def test_programs_that_write_once_each_get_to_the_end_together(
         assert len(db.memory_history("s", "semantic", "k")) == 1
         assert db.list_agents() == []
         assert rows_of(db, "task_metrics") == written
+
+
+BATCHES: dict[str, Callable[[SwarmDB, int], object]] = {
+    "events": lambda db, rows: db.insert_events(
+        [{"event_type": "spawn", "agent_id": "new", "agent_type": "t"} for _ in range(rows)]
+    ),
+    "task metrics": lambda db, rows: db.store_task_metrics(
+        [
+            {"task_id": f"{count(db)} {number}", "agent_id": "a", "duration_ms": 1, "result": "success"}
+            for number in range(rows)
+        ]
+    ),
+    "a transaction": lambda db, rows: in_a_transaction(db, rows),
+}
+
+
+def in_a_transaction(db: SwarmDB, rows: int) -> None:
+    with db.transaction(), db.transaction():
+        for number in range(rows // 2):
+            event(db, db._clock(), "new")
+            db.store_agent_metric("a", "throughput", number)
+
+
+@pytest.mark.parametrize("batch", BATCHES)
+def test_a_batch_removes_no_fewer_rows_than_it_adds(
+    db: SwarmDB, clock: Clock, monkeypatch: pytest.MonkeyPatch, batch: str
+) -> None:
+    monkeypatch.setattr(retention, "_FEW", 10)
+    monkeypatch.setattr(scope, "ROWS_A_STEP", 10)
+    many_old_events(db, 120, timedelta(days=29))
+    clock.advance(days=2)
+
+    left = []
+    for _ in range(3):
+        BATCHES[batch](db, 40)
+        left.append(count(db))
+    assert left == [70, 20, 0]
+
+
+def test_a_batch_that_is_undone_removes_little(db: SwarmDB, clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(retention, "_FEW", 10)
+    monkeypatch.setattr(scope, "ROWS_A_STEP", 10)
+    many_old_events(db, 120, timedelta(days=29))
+    clock.advance(days=2)
+    with pytest.raises(KeyError), db.transaction():
+        BATCHES["a transaction"](db, 40)
+        raise KeyError
+
+    assert count(db) == 110
+
+
+def test_what_takes_longer_than_a_day_goes_on_where_it_was(
+    db: SwarmDB, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(retention, "_FEW", 10)
+    monkeypatch.setattr(retention, "_LOOKED_AT", 10)
+    for number in range(200):
+        db.store_memory("s", "semantic", f"kept {number}", number)
+    for _ in range(2):
+        db.store_memory("s", "semantic", "k", 0)
+    for _ in range(10):
+        clock.advance(days=31)
+        db.insert_event({"event_type": "spawn", "agent_id": "a", "agent_type": "t"})
+
+    assert len(db.memory_history("s", "semantic", "k")) == 1
+    assert db.last_cleanup is not None
 
 
 def test_a_day_passes_between_two(db: SwarmDB, clock: Clock) -> None:

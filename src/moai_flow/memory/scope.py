@@ -21,6 +21,9 @@ from moai_flow.memory.statements import Bound, Insert, Program, Programs, Query,
 
 R = TypeVar("R", bound=Record)
 
+#: How many old rows are removed at a time, as part of somebody's write; for so many that it adds, it does so once more.
+ROWS_A_STEP = 1000
+
 
 class RawCursor(Protocol):
     """What every driver's cursor can do."""
@@ -100,6 +103,7 @@ class Block:
         self._process = os.getpid()
         self._has_savepoint = False
         self.has_ended = False
+        self.added = 0  # Rows, by domain methods.
 
     @property
     def is_over(self) -> bool:
@@ -137,6 +141,7 @@ class Block:
                 raise
             raise TransactionError(_ENDED_INSIDE) from error
         if self.outer is not None:
+            self.outer.added += self.added
             return
         if self.readonly:
             self._root().rollback()  # There is nothing to commit, and a damaged file would fail even that.
@@ -312,7 +317,9 @@ class Scope:
         if (local.blocks or local.pinned) and (block := self._writing_block()) is not None:
             with block.held.backend.guarded(block.held.raw, self._connections.where):
                 cursor = program.execute(block.held.raw, bound)
-            if statement.writes is not None:  # What is only added changes nothing that was loaded.
+            if statement.writes is None:
+                block.added += 1  # Which changes nothing that was loaded.
+            else:
                 block.expire(statement.writes)
             return cursor
         if self._clock() >= self._cleanup_due:
@@ -345,7 +352,7 @@ class Scope:
     def _write_many(self, program: Program, bound: Iterable[Bound]) -> None:
         """Run *program* for each of *bound*, all or none."""
         with self._block(alone=False) as block:
-            program.execute_many(block.held.raw, bound)
+            block.added += program.execute_many(block.held.raw, bound).rowcount
 
     # Blocks
 
@@ -434,6 +441,10 @@ class Scope:
         finally:
             if not block.is_inherited:
                 self._settle(held)
+        for _ in range(block.added // ROWS_A_STEP):  # Else batches would add rows faster than those go.
+            if self._clock() < self._cleanup_due:
+                break
+            self._clean_if_due()
 
     @contextmanager
     def _entered(self, block: Block) -> Iterator[Block]:

@@ -168,6 +168,7 @@ class MetricOperations(Scope):
                 with self._block(alone=False) as block:
                     if program.execute_many(block.held.raw, in_order).rowcount < len(in_order) > 0:
                         raise _TakenError
+                    block.added += len(in_order)
             except _TakenError:  # Which is rare: only now is it worth a look, by which.
                 taken.update(key for key in keys if self._tuples(_IS_TAKEN, {"task_id": key[0], "timestamp": key[1]}))
             else:

@@ -40,7 +40,7 @@ from moai_flow.memory.models import (
     rowid_column,
     table_of,
 )
-from moai_flow.memory.scope import Scope
+from moai_flow.memory.scope import ROWS_A_STEP, Scope
 from moai_flow.memory.statements import Statement, insert_for
 from moai_flow.memory.types import decode_time, encode_iso, is_postgresql
 
@@ -155,7 +155,7 @@ class CleanupReport:
 
 #: How many rows are removed at a time: as part of somebody's write, and by a cleanup that was asked for. The latter is
 #: as fast as one statement for all, and lets other writers in between.
-_FEW, _MANY = 1000, 30_000
+_FEW, _MANY = ROWS_A_STEP, 30_000
 
 #: How many memories are looked at in a search for those that can go.
 _LOOKED_AT = 5000
@@ -388,6 +388,8 @@ class _Marks(NamedTuple):
             return self.place
         if self.place is None and self.completed is not None and now - _DAY < self.completed <= now + _DAY:
             return None
+        if self.place is not None and self.place.name not in _BY_TIME and self.place.began <= now:
+            return self.place._replace(began=now)  # A day was not enough to look at all rows of this table.
         return _Place(now)
 
 
