@@ -792,6 +792,28 @@ def test_a_file_of_an_older_program_is_not_cleaned_unasked(legacy: Path) -> None
         assert db.retention == RetentionPolicy()
 
 
+@pytest.mark.parametrize("version", ["1.0.0", "2.0.0"])
+def test_an_adopted_file_keeps_all_until_its_owner_says_otherwise(path: Path, clock: Clock, version: str) -> None:
+    with SwarmDB(path, clock=clock) as db:
+        event(db, clock.now, "old")
+    with closing(sqlite3.connect(path)) as raw:  # As an older program leaves it: without marks of ours.
+        raw.execute("DELETE FROM schema_info")
+        raw.execute("INSERT INTO schema_info (key, value) VALUES ('version', ?)", [version])
+        raw.commit()
+    clock.advance(days=500)
+    with SwarmDB(path, clock=clock) as db:
+        db.cleanup(days=600)
+        for _ in range(3):
+            clock.advance(days=2)
+            event(db, clock.now, "new")
+        assert db.retention.is_off
+        assert (count(db), count(db, "new")) == (1, 3)
+    with SwarmDB(path, clock=clock, retention=RetentionPolicy()) as db:
+        clock.advance(days=2)
+        event(db, clock.now, "new")
+        assert (count(db), count(db, "new")) == (0, 4)
+
+
 def test_marks_say_in_words_what_they_mean(path: Path, clock: Clock) -> None:
     with SwarmDB(path, clock=clock, retention=POLICY) as db:
         run(db, "UPDATE schema_info SET value = value")

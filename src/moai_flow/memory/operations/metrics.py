@@ -435,7 +435,9 @@ def _batch(
             elif isinstance(metric, model):
                 given = {name: metric[name] for name in shape.__annotations__}
             else:
-                raise InvalidInputError("metric", metric, f"a dict ({shape.__name__}) or a {model.__name__}")
+                raise InvalidInputError(
+                    "metric", metric, f"a {shape.__name__} (a dict), or an object of {model.__name__}"
+                )
             row = row_of(given, now)
             bound.append(program.bind(row))
         except InvalidInputError as error:
