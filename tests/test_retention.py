@@ -632,6 +632,18 @@ def test_a_mark_of_a_clock_that_was_wrong_or_of_no_use_holds_nothing_up(db: Swar
     assert db.last_cleanup == clock.now
 
 
+def test_a_clock_that_was_years_ahead_and_was_set_right_holds_nothing_up(db: SwarmDB, clock: Clock) -> None:
+    clock.advance(days=3650)
+    event(db, clock.now, "ahead")
+    clock.advance(days=-3650)
+    event(db, clock.now, "old")
+    clock.advance(days=31)
+    event(db, clock.now)
+
+    assert count(db) == 0
+    assert db.last_cleanup == clock.now
+
+
 def test_a_clock_that_leaps_at_each_look_does_no_harm(path: Path, clock: Clock) -> None:
     def leaping() -> datetime:
         clock.advance(days=2)

@@ -194,7 +194,8 @@ class Scope:
     """Runs statements in the caller's transaction if there is one, and each in its own if there is none."""
 
     _clock: Callable[[], datetime]
-    #: From when on a write looks whether old rows are to be removed.
+    #: When a write last looked whether old rows are to be removed, and from when on one looks again.
+    _cleanup_seen: datetime
     _cleanup_due: datetime
     _connections: Connections
     _location: Location
@@ -267,6 +268,10 @@ class Scope:
                     with suppress(SQLAlchemyError):
                         session.close()
 
+    def _is_cleanup_due(self) -> bool:
+        """Whether it is time to look: also after the clock was set back, which may have been years ahead."""
+        return not self._cleanup_seen <= self._clock() < self._cleanup_due
+
     def _clean_if_due(self) -> None:
         """Remove a few old rows if it is time to. Retention is a group of its own, which defines this."""
 
@@ -322,7 +327,7 @@ class Scope:
             else:
                 block.expire(statement.writes)
             return cursor
-        if self._clock() >= self._cleanup_due:
+        if self._is_cleanup_due():
             self._clean_if_due()
         held = self._connections.take()
         try:
@@ -340,7 +345,7 @@ class Scope:
                 rows = program.fetch(block.held.raw, bound)
             block.expire(table_of(query.model))
         else:
-            if self._clock() >= self._cleanup_due:
+            if self._is_cleanup_due():
                 self._clean_if_due()
             held = self._connections.take()
             try:
@@ -430,7 +435,7 @@ class Scope:
             return
         if not readonly or self._location.is_in_memory:
             self._refuse_to_wait()
-        if not readonly and patient and self._clock() >= self._cleanup_due:
+        if not readonly and patient and self._is_cleanup_due():
             self._clean_if_due()
         task = _current_task()
         held = connections.take()
@@ -442,7 +447,7 @@ class Scope:
             if not block.is_inherited:
                 self._settle(held)
         for _ in range(block.added // ROWS_A_STEP):  # Else batches would add rows faster than those go.
-            if self._clock() < self._cleanup_due:
+            if not self._is_cleanup_due():
                 break
             self._clean_if_due()
 

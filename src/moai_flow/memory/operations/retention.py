@@ -574,7 +574,8 @@ class RetentionOperations(Scope):
     def _clean_if_due(self) -> None:
         """Remove a few old rows if it is time to; at once or not at all, since somebody's write waits for it."""
         now = self._clock()
-        self._cleanup_due = now + _HOUR  # Other threads, and what is written here, need not look as well.
+        # Other threads, and what is written here, need not look as well.
+        self._cleanup_seen, self._cleanup_due = now, now + _HOUR
         try:
             self._cleanup_due = self._clean_few(now)
         except BusyError:
