@@ -734,6 +734,33 @@ def test_a_figure_that_is_missing_plays_no_part(path: Path) -> None:
     assert (health.count, health.latest, health.latest_at) == (1, 0.5, NOON - 2 * HOUR)
 
 
+@pytest.mark.parametrize(
+    ("table", "column", "summarize"),
+    [
+        ("task_metrics", "result", lambda db: db.summarize_tasks()),
+        ("task_metrics", "result", lambda db: db.metric_series("success_rate", bucket=DAY)),
+        ("task_metrics", "agent_id", lambda db: db.summarize_agents()),
+        ("swarm_metrics", "metric_type", lambda db: db.summarize_swarm("s")),
+    ],
+)
+def test_a_word_that_is_missing_is_named(
+    path: Path, table: str, column: str, summarize: Callable[[SwarmDB], object]
+) -> None:
+    with closing(sqlite3.connect(path)) as raw:
+        raw.executescript(SPECIFIED.replace(" NOT NULL", ""))
+        raw.execute("INSERT INTO schema_info (key, value) VALUES ('version', '2.0.0')")
+        raw.commit()
+    with SwarmDB(path) as db:
+        db.store_task_metric("t", "a", 1, "success", timestamp=NOON)
+        db.store_swarm_metric("s", "health", 1, timestamp=NOON)
+        summarize(db)
+        with db.transaction() as raw_of_ours:
+            raw_of_ours.execute(f"UPDATE {table} SET {column} = NULL")
+
+        with pytest.raises(CorruptDataError, match=rf"{table}\.{column}.*holds NULL"):
+            summarize(db)
+
+
 def test_a_summary_sees_what_its_transaction_has_written(db: SwarmDB) -> None:
     with db.session() as session:
         session.add(TaskMetric(task_id="t", agent_id="a", duration_ms=5, result=TaskResult.SUCCESS, timestamp=NOON))
