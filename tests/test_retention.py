@@ -7,6 +7,7 @@ import sqlite3
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from datetime import UTC, datetime, timedelta
 from multiprocessing.synchronize import Barrier
@@ -26,6 +27,7 @@ from moai_flow.memory import (
     SwarmDB,
     SwarmDBError,
     TransactionError,
+    scope,
 )
 from moai_flow.memory.operations import retention
 
@@ -112,6 +114,15 @@ def test_a_policy_that_is_passed_is_kept_by_the_database(
             return
     with SwarmDB(url=url) as db:
         assert db.retention == policy
+
+
+@pytest.mark.parametrize("age", [timedelta.max, timedelta.max - TICK, timedelta(days=200_000), timedelta(0), TICK])
+def test_the_longest_and_the_shortest_age_are_kept_too(path: Path, age: timedelta) -> None:
+    with SwarmDB(path, retention=RetentionPolicy(events=age)) as db:
+        kept = db.retention.events
+
+    assert kept is not None
+    assert abs(kept - age) <= TICK
 
 
 def test_passing_the_policy_that_is_in_force_writes_nothing(path: Path) -> None:
@@ -329,6 +340,28 @@ def test_what_is_no_age_is_refused_and_removes_nothing(db: SwarmDB, arguments: d
     assert count(db) == 3
 
 
+def test_a_cleanup_goes_on_where_others_remove_the_same_rows(
+    postgres_url: str, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(retention, "_MANY", 10)
+    waiting = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'"
+    with (
+        SwarmDB(url=postgres_url, clock=clock, retention=RetentionPolicy.keep_all()) as db,
+        SwarmDB(url=postgres_url, clock=clock) as other,
+        ThreadPoolExecutor(1) as pool,
+    ):
+        many_old_events(db, 25)
+        with db.transaction() as raw:
+            raw.execute("DELETE FROM agent_events WHERE id IN (SELECT min(id) FROM agent_events)")
+            cleaning = pool.submit(other.cleanup_old_events, 30)
+            deadline = time.monotonic() + 60
+            while not raw.execute(waiting).fetchone()[0] and time.monotonic() < deadline:
+                raw.execute("SELECT pg_stat_clear_snapshot()")
+
+        assert cleaning.result() == 24
+        assert count(db) == 0
+
+
 def test_inside_a_transaction_a_cleanup_is_part_of_it(db: SwarmDB) -> None:
     many_old_events(db, 3)
     with pytest.raises(ZeroDivisionError), db.transaction():
@@ -484,6 +517,72 @@ def test_programs_that_write_once_each_get_to_the_end_together(
         assert rows_of(db, "task_metrics") == written
 
 
+BATCHES: dict[str, Callable[[SwarmDB, int], object]] = {
+    "events": lambda db, rows: db.insert_events(
+        [{"event_type": "spawn", "agent_id": "new", "agent_type": "t"} for _ in range(rows)]
+    ),
+    "task metrics": lambda db, rows: db.store_task_metrics(
+        [
+            {"task_id": f"{count(db)} {number}", "agent_id": "a", "duration_ms": 1, "result": "success"}
+            for number in range(rows)
+        ]
+    ),
+    "a transaction": lambda db, rows: in_a_transaction(db, rows),
+}
+
+
+def in_a_transaction(db: SwarmDB, rows: int) -> None:
+    with db.transaction(), db.transaction():
+        for number in range(rows // 2):
+            event(db, db._clock(), "new")
+            db.store_agent_metric("a", "throughput", number)
+
+
+@pytest.mark.parametrize("batch", BATCHES)
+def test_a_batch_removes_no_fewer_rows_than_it_adds(
+    db: SwarmDB, clock: Clock, monkeypatch: pytest.MonkeyPatch, batch: str
+) -> None:
+    monkeypatch.setattr(retention, "_FEW", 10)
+    monkeypatch.setattr(scope, "ROWS_A_STEP", 10)
+    many_old_events(db, 120, timedelta(days=29))
+    clock.advance(days=2)
+
+    left = []
+    for _ in range(3):
+        BATCHES[batch](db, 40)
+        left.append(count(db))
+    assert left == [70, 20, 0]
+
+
+def test_a_batch_that_is_undone_removes_little(db: SwarmDB, clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(retention, "_FEW", 10)
+    monkeypatch.setattr(scope, "ROWS_A_STEP", 10)
+    many_old_events(db, 120, timedelta(days=29))
+    clock.advance(days=2)
+    with pytest.raises(KeyError), db.transaction():
+        BATCHES["a transaction"](db, 40)
+        raise KeyError
+
+    assert count(db) == 110
+
+
+def test_what_takes_longer_than_a_day_goes_on_where_it_was(
+    db: SwarmDB, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(retention, "_FEW", 10)
+    monkeypatch.setattr(retention, "_LOOKED_AT", 10)
+    for number in range(200):
+        db.store_memory("s", "semantic", f"kept {number}", number)
+    for _ in range(2):
+        db.store_memory("s", "semantic", "k", 0)
+    for _ in range(10):
+        clock.advance(days=31)
+        db.insert_event({"event_type": "spawn", "agent_id": "a", "agent_type": "t"})
+
+    assert len(db.memory_history("s", "semantic", "k")) == 1
+    assert db.last_cleanup is not None
+
+
 def test_a_day_passes_between_two(db: SwarmDB, clock: Clock) -> None:
     clock.advance(days=2)
     event(db, clock.now)
@@ -531,6 +630,49 @@ def test_a_mark_of_a_clock_that_was_wrong_or_of_no_use_holds_nothing_up(db: Swar
 
     assert count(db) == 0
     assert db.last_cleanup == clock.now
+
+
+def test_a_clock_that_was_years_ahead_and_was_set_right_holds_nothing_up(db: SwarmDB, clock: Clock) -> None:
+    clock.advance(days=3650)
+    event(db, clock.now, "ahead")
+    clock.advance(days=-3650)
+    event(db, clock.now, "old")
+    clock.advance(days=31)
+    event(db, clock.now)
+
+    assert count(db) == 0
+    assert db.last_cleanup == clock.now
+
+
+def test_a_clock_that_leaps_at_each_look_does_no_harm(path: Path, clock: Clock) -> None:
+    def leaping() -> datetime:
+        clock.advance(days=2)
+        return clock.now
+
+    with SwarmDB(path, clock=leaping) as db:
+        event(db, clock.now - DAYS_30, "old")
+        for _ in range(3):
+            event(db, clock.now, "new")
+
+        assert count(db) == 0
+        assert count(db, "new") == 3
+
+
+def test_a_memory_that_has_not_expired_stays_though_a_cleanup_began_by_a_clock_that_was_ahead(
+    path: Path, clock: Clock
+) -> None:
+    with SwarmDB(path, clock=clock, retention=RetentionPolicy(memory=timedelta(0))) as db:
+        many_old_events(db, 1500)
+        db.store_memory("s", "semantic", "k", "x", ttl_hours=49)
+        clock.advance(hours=49.5)
+        event(db, clock.now)
+        assert db.last_cleanup is None  # It is not done with the events.
+    clock.advance(minutes=-50)
+    with SwarmDB(path, clock=clock) as db:
+        event(db, clock.now)
+
+        assert db.last_cleanup == clock.now
+        assert db.get_memory("s", "semantic", "k") == "x"
 
 
 def test_it_waits_for_nobody(path: Path, clock: Clock) -> None:
@@ -660,6 +802,28 @@ def test_a_file_of_an_older_program_is_not_cleaned_unasked(legacy: Path) -> None
         assert {found.agent_id for found in db.iter_events()} == {"a"}
     with SwarmDB(legacy, clock=clock) as db:
         assert db.retention == RetentionPolicy()
+
+
+@pytest.mark.parametrize("version", ["1.0.0", "2.0.0"])
+def test_an_adopted_file_keeps_all_until_its_owner_says_otherwise(path: Path, clock: Clock, version: str) -> None:
+    with SwarmDB(path, clock=clock) as db:
+        event(db, clock.now, "old")
+    with closing(sqlite3.connect(path)) as raw:  # As an older program leaves it: without marks of ours.
+        raw.execute("DELETE FROM schema_info")
+        raw.execute("INSERT INTO schema_info (key, value) VALUES ('version', ?)", [version])
+        raw.commit()
+    clock.advance(days=500)
+    with SwarmDB(path, clock=clock) as db:
+        db.cleanup(days=600)
+        for _ in range(3):
+            clock.advance(days=2)
+            event(db, clock.now, "new")
+        assert db.retention.is_off
+        assert (count(db), count(db, "new")) == (1, 3)
+    with SwarmDB(path, clock=clock, retention=RetentionPolicy()) as db:
+        clock.advance(days=2)
+        event(db, clock.now, "new")
+        assert (count(db), count(db, "new")) == (0, 4)
 
 
 def test_marks_say_in_words_what_they_mean(path: Path, clock: Clock) -> None:

@@ -40,6 +40,7 @@ from moai_flow.memory import (
     TaskResult,
     TaskSummary,
 )
+from test_schema import SPECIFIED
 
 LARGEST = 2**63 - 1
 DAY, HOUR = timedelta(days=1), timedelta(hours=1)
@@ -712,6 +713,52 @@ def test_what_only_a_server_holds_is_named(postgres_url: str, column: str) -> No
 
 
 # Inside transactions
+
+
+def test_a_figure_that_is_missing_plays_no_part(path: Path) -> None:
+    with closing(sqlite3.connect(path)) as raw:  # A table that is less strict than the original program's.
+        raw.executescript(SPECIFIED.replace("value REAL NOT NULL", "value REAL"))
+        raw.execute("INSERT INTO schema_info (key, value) VALUES ('version', '2.0.0')")
+        insertion = "INSERT INTO swarm_metrics (swarm_id, metric_type, value, timestamp) VALUES ('s', ?, ?, ?)"
+        times = ("2025-11-30T10:00:00+00:00", "2025-11-30T12:00:00+00:00", "no time")
+        raw.executemany(
+            insertion, [("health", value, time) for value, time in zip((0.5, None, None), times, strict=True)]
+        )
+        raw.execute(insertion, ("latency", None, times[0]))
+        raw.commit()
+    with SwarmDB(path) as db:
+        found = db.summarize_swarm("s").figures
+
+    assert list(found) == [SwarmMetricType.HEALTH]
+    health = found[SwarmMetricType.HEALTH]
+    assert (health.count, health.latest, health.latest_at) == (1, 0.5, NOON - 2 * HOUR)
+
+
+@pytest.mark.parametrize(
+    ("table", "column", "summarize"),
+    [
+        ("task_metrics", "result", lambda db: db.summarize_tasks()),
+        ("task_metrics", "result", lambda db: db.metric_series("success_rate", bucket=DAY)),
+        ("task_metrics", "agent_id", lambda db: db.summarize_agents()),
+        ("swarm_metrics", "metric_type", lambda db: db.summarize_swarm("s")),
+    ],
+)
+def test_a_word_that_is_missing_is_named(
+    path: Path, table: str, column: str, summarize: Callable[[SwarmDB], object]
+) -> None:
+    with closing(sqlite3.connect(path)) as raw:
+        raw.executescript(SPECIFIED.replace(" NOT NULL", ""))
+        raw.execute("INSERT INTO schema_info (key, value) VALUES ('version', '2.0.0')")
+        raw.commit()
+    with SwarmDB(path) as db:
+        db.store_task_metric("t", "a", 1, "success", timestamp=NOON)
+        db.store_swarm_metric("s", "health", 1, timestamp=NOON)
+        summarize(db)
+        with db.transaction() as raw_of_ours:
+            raw_of_ours.execute(f"UPDATE {table} SET {column} = NULL")
+
+        with pytest.raises(CorruptDataError, match=rf"{table}\.{column}.*holds NULL"):
+            summarize(db)
 
 
 def test_a_summary_sees_what_its_transaction_has_written(db: SwarmDB) -> None:

@@ -267,6 +267,8 @@ def test_a_link_is_followed(swarmdb: Command, store: Path) -> None:
         (["-o", ".", "--overwrite"], "not of a folder"),
         (["-o", "pipe", "--overwrite"], "expected the path of a file"),
         (["-o", "swarm.db", "--overwrite"], "not the database itself"),
+        (["-o", "swarm.db-wal", "--overwrite"], "not the database itself"),
+        (["-o", "swarm.db-shm"], "not the database itself"),
         (["-o", "loop", "--overwrite"], "loop: "),
         (["-o", ""], "the path of a file"),
         (["-o", "x" * 300], "name too long"),

@@ -56,14 +56,15 @@ def how_many(condition: ColumnElement[bool]) -> ColumnElement[int]:
 def is_misplaced(columns: Iterable[Column[Any]], dialect: Dialect) -> ColumnElement[bool]:
     """Return whether a row holds, in one of *columns*, what can't be counted: SQLite takes anything anywhere.
 
-    So it is text in a column of numbers, or a float that is not finite. A NULL is none of it.
+    So it is text in a column of numbers, a float that is not finite, or a NULL where the schema allows none.
     """
     found: list[ColumnElement[bool]] = []
     for column in columns:
         kind = column.type
         if not is_postgresql(dialect):
             word = "'integer'" if isinstance(kind, Whole) else "'real'" if isinstance(kind, Real) else "'text'"
-            found.append(and_(func.typeof(column, type_=String) != literal_column(word), column.is_not(None)))
+            is_other = func.typeof(column, type_=String) != literal_column(word)
+            found.append(and_(is_other, column.is_not(None)) if column.nullable else is_other)
         if isinstance(kind, Real):
             found.append(~_is_finite(column))
     return or_(false(), *found)

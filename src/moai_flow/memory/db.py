@@ -113,7 +113,7 @@ class SwarmDB(Tracking, MemoryOperations, SummaryOperations, RetentionOperations
         if retention is not None and not isinstance(retention, RetentionPolicy):
             raise InvalidInputError("retention", retention, "a RetentionPolicy, or None for the database's own")
         self._clock = clock
-        self._cleanup_due = datetime.min.replace(tzinfo=UTC)
+        self._cleanup_seen = self._cleanup_due = datetime.min.replace(tzinfo=UTC)
         self._location = locate(db_path, url) if engine is None else locate_engine(engine)
         where = str(self._location)
         if engine is None:

@@ -21,6 +21,9 @@ from moai_flow.memory.statements import Bound, Insert, Program, Programs, Query,
 
 R = TypeVar("R", bound=Record)
 
+#: How many old rows are removed at a time, as part of somebody's write; for so many that it adds, it does so once more.
+ROWS_A_STEP = 1000
+
 
 class RawCursor(Protocol):
     """What every driver's cursor can do."""
@@ -100,6 +103,7 @@ class Block:
         self._process = os.getpid()
         self._has_savepoint = False
         self.has_ended = False
+        self.added = 0  # Rows, by domain methods.
 
     @property
     def is_over(self) -> bool:
@@ -137,6 +141,7 @@ class Block:
                 raise
             raise TransactionError(_ENDED_INSIDE) from error
         if self.outer is not None:
+            self.outer.added += self.added
             return
         if self.readonly:
             self._root().rollback()  # There is nothing to commit, and a damaged file would fail even that.
@@ -189,7 +194,8 @@ class Scope:
     """Runs statements in the caller's transaction if there is one, and each in its own if there is none."""
 
     _clock: Callable[[], datetime]
-    #: From when on a write looks whether old rows are to be removed.
+    #: When a write last looked whether old rows are to be removed, and from when on one looks again.
+    _cleanup_seen: datetime
     _cleanup_due: datetime
     _connections: Connections
     _location: Location
@@ -262,6 +268,10 @@ class Scope:
                     with suppress(SQLAlchemyError):
                         session.close()
 
+    def _is_cleanup_due(self) -> bool:
+        """Whether it is time to look: also after the clock was set back, which may have been years ahead."""
+        return not self._cleanup_seen <= self._clock() < self._cleanup_due
+
     def _clean_if_due(self) -> None:
         """Remove a few old rows if it is time to. Retention is a group of its own, which defines this."""
 
@@ -312,10 +322,12 @@ class Scope:
         if (local.blocks or local.pinned) and (block := self._writing_block()) is not None:
             with block.held.backend.guarded(block.held.raw, self._connections.where):
                 cursor = program.execute(block.held.raw, bound)
-            if statement.writes is not None:  # What is only added changes nothing that was loaded.
+            if statement.writes is None:
+                block.added += 1  # Which changes nothing that was loaded.
+            else:
                 block.expire(statement.writes)
             return cursor
-        if self._clock() >= self._cleanup_due:
+        if self._is_cleanup_due():
             self._clean_if_due()
         held = self._connections.take()
         try:
@@ -333,7 +345,7 @@ class Scope:
                 rows = program.fetch(block.held.raw, bound)
             block.expire(table_of(query.model))
         else:
-            if self._clock() >= self._cleanup_due:
+            if self._is_cleanup_due():
                 self._clean_if_due()
             held = self._connections.take()
             try:
@@ -345,7 +357,7 @@ class Scope:
     def _write_many(self, program: Program, bound: Iterable[Bound]) -> None:
         """Run *program* for each of *bound*, all or none."""
         with self._block(alone=False) as block:
-            program.execute_many(block.held.raw, bound)
+            block.added += program.execute_many(block.held.raw, bound).rowcount
 
     # Blocks
 
@@ -406,7 +418,8 @@ class Scope:
         Args:
             readonly: Whether it refuses writes, and shows one snapshot.
             alone: Whether what it reads has to stay true until it commits.
-            patient: Whether it waits for other writers; else it raises `BusyError` at once.
+            patient: Whether it waits for other writers; else it raises `BusyError` at once. Only a cleanup doesn't, and
+                begins no other one.
         """
         connections = self._connections
         connections.check_open()
@@ -422,7 +435,7 @@ class Scope:
             return
         if not readonly or self._location.is_in_memory:
             self._refuse_to_wait()
-        if not readonly and self._clock() >= self._cleanup_due:
+        if not readonly and patient and self._is_cleanup_due():
             self._clean_if_due()
         task = _current_task()
         held = connections.take()
@@ -433,6 +446,10 @@ class Scope:
         finally:
             if not block.is_inherited:
                 self._settle(held)
+        for _ in range(block.added // ROWS_A_STEP):  # Else batches would add rows faster than those go.
+            if not self._is_cleanup_due():
+                break
+            self._clean_if_due()
 
     @contextmanager
     def _entered(self, block: Block) -> Iterator[Block]:

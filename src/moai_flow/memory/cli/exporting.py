@@ -164,7 +164,8 @@ def target_of(given: str, own: Path | None, *, overwrite: bool) -> Path:
     """Return the file to write, links followed; *own* is the database's.
 
     Raises:
-        InvalidInputError: If it is a folder, something else that is no file, or the database.
+        InvalidInputError: If it is a folder, something else that is no file, or the database, with the files beside it
+            that hold what was committed last.
         StorageError: If it exists and is not to be replaced, or if the system can't look there.
     """
     try:
@@ -174,11 +175,16 @@ def target_of(given: str, own: Path | None, *, overwrite: bool) -> Path:
         raise StorageError(f"{given}: {error}") from error
     if exists and not target.is_file():
         raise InvalidInputError("--output", given, "the path of a file")
-    if exists and own is not None and target.samefile(own):
+    if own is not None and ((exists and target.samefile(own)) or target in _beside(own.resolve())):
         raise InvalidInputError("--output", given, "a file that is not the database itself")
     if exists and not overwrite:
         raise _exists(given)
     return target
+
+
+def _beside(database: Path) -> list[Path]:
+    """Return where SQLite keeps what belongs to a database."""
+    return [database.with_name(f"{database.name}{suffix}") for suffix in ("-wal", "-shm", "-journal")]
 
 
 def _exists(path: object) -> StorageError:

@@ -168,6 +168,7 @@ class MetricOperations(Scope):
                 with self._block(alone=False) as block:
                     if program.execute_many(block.held.raw, in_order).rowcount < len(in_order) > 0:
                         raise _TakenError
+                    block.added += len(in_order)
             except _TakenError:  # Which is rare: only now is it worth a look, by which.
                 taken.update(key for key in keys if self._tuples(_IS_TAKEN, {"task_id": key[0], "timestamp": key[1]}))
             else:
@@ -434,7 +435,9 @@ def _batch(
             elif isinstance(metric, model):
                 given = {name: metric[name] for name in shape.__annotations__}
             else:
-                raise InvalidInputError("metric", metric, f"a dict ({shape.__name__}) or a {model.__name__}")
+                raise InvalidInputError(
+                    "metric", metric, f"a {shape.__name__} (a dict), or an object of {model.__name__}"
+                )
             row = row_of(given, now)
             bound.append(program.bind(row))
         except InvalidInputError as error:

@@ -40,7 +40,7 @@ from moai_flow.memory.models import (
     rowid_column,
     table_of,
 )
-from moai_flow.memory.scope import Scope
+from moai_flow.memory.scope import ROWS_A_STEP, Scope
 from moai_flow.memory.statements import Statement, insert_for
 from moai_flow.memory.types import decode_time, encode_iso, is_postgresql
 
@@ -155,7 +155,7 @@ class CleanupReport:
 
 #: How many rows are removed at a time: as part of somebody's write, and by a cleanup that was asked for. The latter is
 #: as fast as one statement for all, and lets other writers in between.
-_FEW, _MANY = 1000, 30_000
+_FEW, _MANY = ROWS_A_STEP, 30_000
 
 #: How many memories are looked at in a search for those that can go.
 _LOOKED_AT = 5000
@@ -339,9 +339,15 @@ def _decode_policy(text: str) -> RetentionPolicy:
     if not isinstance(ages, dict) or set(ages) != set(_NAMES):
         raise ValueError(f"ages of {', '.join(_NAMES)} are expected")
     try:
-        return RetentionPolicy(**{name: None if age is None else timedelta(seconds=age) for name, age in ages.items()})
+        return RetentionPolicy(**{name: None if age is None else _decode_age(age) for name, age in ages.items()})
     except (TypeError, OverflowError) as error:
         raise ValueError(str(error)) from None
+
+
+def _decode_age(seconds: float) -> timedelta:
+    if seconds == timedelta.max.total_seconds():  # Which is rounded up, to more than a timedelta holds.
+        return timedelta.max
+    return timedelta(seconds=seconds)
 
 
 def _encode_place(place: _Place) -> str:
@@ -382,6 +388,8 @@ class _Marks(NamedTuple):
             return self.place
         if self.place is None and self.completed is not None and now - _DAY < self.completed <= now + _DAY:
             return None
+        if self.place is not None and self.place.name not in _BY_TIME and self.place.began <= now:
+            return self.place._replace(began=now)  # A day was not enough to look at all rows of this table.
         return _Place(now)
 
 
@@ -531,7 +539,9 @@ class RetentionOperations(Scope):
             bounds = {"after": after or "", "last": last, "cutoff": _bound(name, cutoff)}
             return _Done(self._write(_DELETE_AGENTS, bounds).rowcount, last)
         rows: int = self._write(_DELETE_OLDEST[name], {"cutoff": cutoff, "limit": limit}).rowcount
-        return _Done(rows, 0 if rows == limit else None)
+        # On a server, others may remove some of the same rows: a chunk that is not full need not be the last one.
+        goes_on = rows > 0 if self._location.is_on_server else rows == limit
+        return _Done(rows, 0 if goes_on else None)
 
     def _dead_memories(self, cutoff: datetime, after: int, limit: int) -> Iterator[tuple[list[_DeadMemory], int]]:
         """Yield, slice by slice, what nobody has been able to get since before *cutoff*, and the slice's last id."""
@@ -564,7 +574,8 @@ class RetentionOperations(Scope):
     def _clean_if_due(self) -> None:
         """Remove a few old rows if it is time to; at once or not at all, since somebody's write waits for it."""
         now = self._clock()
-        self._cleanup_due = now + _HOUR  # Other threads, and what is written here, need not look as well.
+        # Other threads, and what is written here, need not look as well.
+        self._cleanup_seen, self._cleanup_due = now, now + _HOUR
         try:
             self._cleanup_due = self._clean_few(now)
         except BusyError:
@@ -587,7 +598,7 @@ class RetentionOperations(Scope):
                 return _next_look(marks, now)  # Another process has done it since.
             left = _FEW
             while place is not None and left > 0:
-                cutoff = _cutoff(marks.policy, place.name, place.began)
+                cutoff = _cutoff(marks.policy, place.name, min(place.began, now))  # Another's clock may be ahead.
                 done = _Done(0) if cutoff is None else self._step(place.name, cutoff, place.after, left)
                 left -= max(done.rows, 0 if done.after is None else _FEW // 4)  # Looking costs time as well.
                 place = place.next_table if done.after is None else place._replace(after=done.after)

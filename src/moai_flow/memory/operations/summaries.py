@@ -365,13 +365,13 @@ def _swarm(names: frozenset[str]) -> Statement:
     newest = table_of(of.model).alias()
 
     def clause(dialect: Dialect) -> Executable:
-        kind, conditions = of.columns.metric_type, _matching(of.columns, names)
+        kind, conditions = of.columns.metric_type, [of.value.is_not(None), *_matching(of.columns, names)]
         misplaced = or_(of.is_misplaced(dialect), of.is_untimed(dialect))
         rows = select(kind, *of.counted(misplaced)).where(*conditions).subquery()
         readable = case((epoch_seconds(newest.c.timestamp, dialect).is_not(None), newest.c.timestamp))
         latest = [
             select(column)
-            .where(newest.c.metric_type == rows.c.metric_type, *_matching(newest.c, names))
+            .where(newest.c.metric_type == rows.c.metric_type, newest.c.value.is_not(None), *_matching(newest.c, names))
             .order_by(newest.c.timestamp.desc(), newest.c.metric_id.desc())
             .limit(1)
             .scalar_subquery()
