@@ -112,7 +112,7 @@ def test_the_end_of_the_log_is_found_by_its_key(local_db: SwarmDB) -> None:
             [
                 "SEARCH agent_events USING INTEGER PRIMARY KEY (rowid=?)",
                 "LIST SUBQUERY 1",
-                "SEARCH agent_events USING COVERING INDEX idx_agent_events_timestamp (timestamp<?)",
+                "SEARCH agent_events USING COVERING INDEX idx_agent_events_timestamp (timestamp>? AND timestamp<?)",
             ],
         ),
     ],

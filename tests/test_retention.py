@@ -222,6 +222,17 @@ def test_a_memory_is_old_after_it_has_expired(db: SwarmDB, clock: Clock, zone: s
     assert db.get_memory("s", "semantic", "k") is None
 
 
+def test_what_is_no_time_stays(local_db: SwarmDB, clock: Clock) -> None:
+    for _ in range(3):
+        event(local_db, clock.now, "old")
+    run(local_db, "UPDATE agent_events SET timestamp = '' WHERE id = 1")
+    run(local_db, "UPDATE agent_events SET timestamp = x'00' WHERE id = 2")
+    clock.advance(days=100)
+
+    assert local_db.cleanup(0, dry_run=True).rows == local_db.cleanup(0).rows == 1
+    assert rows_of(local_db, "agent_events") == 2
+
+
 def test_what_can_not_be_decoded_stays(local_db: SwarmDB, clock: Clock) -> None:
     for key in ("no time", "no number"):
         local_db.store_memory("s", "semantic", key, "x", ttl_hours=1)
@@ -834,11 +845,11 @@ def test_marks_say_in_words_what_they_mean(path: Path, clock: Clock) -> None:
         marks = dict(run(db, "SELECT key, value FROM schema_info").fetchall())
 
     assert json.loads(marks["retention"]) == {
-        "events": 90 * 86400.0,
+        "events": 90 * 86_400_000_000,
         "memory": None,
-        "task_metrics": 30 * 86400.0,
-        "agent_metrics": 30 * 86400.0,
-        "swarm_metrics": 1e-06,
-        "agents": 5400.0,
+        "task_metrics": 30 * 86_400_000_000,
+        "agent_metrics": 30 * 86_400_000_000,
+        "swarm_metrics": 1,
+        "agents": 5_400_000_000,
     }
     assert marks["last_cleanup"] == "2025-12-02T10:00:00.000000+00:00"

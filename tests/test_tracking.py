@@ -408,7 +408,12 @@ def test_metadata_that_cant_be_stored_is_named(db: SwarmDB) -> None:
         agent.metadata["k"] = {1}
         raise KeyError
     assert "could not be stored: InvalidInputError: metadata['k']" in caught.value.__notes__[0]
-    assert {event.event_type.value for event in db.get_events()} == {"spawn"}
+    # The end itself is stored, and what was raised.
+    ends = [(event.event_type.value, event.metadata_.get("error_type")) for event in db.iter_events()]
+    assert ends == [("spawn", None), ("complete", None), ("spawn", None), ("error", "KeyError")]
+    ended = db.get_agent("a")
+    assert ended is not None
+    assert ended.status == "error"
 
 
 def row(db: SwarmDB) -> RegisteredAgent | None:

@@ -12,7 +12,7 @@ from typing import Any, Self
 
 from moai_flow.memory import inputs
 from moai_flow.memory.enums import AgentStatus, EventType, TaskResult, TaskResultLike
-from moai_flow.memory.errors import SwarmDBError
+from moai_flow.memory.errors import InvalidInputError, SwarmDBError
 from moai_flow.memory.models import RegisteredAgent
 from moai_flow.memory.operations.agents import AgentOperations
 from moai_flow.memory.operations.events import EventOperations
@@ -81,6 +81,7 @@ class Tracking(EventOperations, AgentOperations, MetricOperations):
 
         Raises:
             InvalidInputError: On entering, if a value can't be accepted; on leaving, if `TrackedAgent.metadata` can't.
+                Then the end is stored without it.
             SwarmDBError: On entering, what `register_agent` raises. On leaving, what `insert_event` raises, but if an
                 exception is on its way, that one goes on, with a note of what could not be stored.
         """
@@ -132,7 +133,7 @@ class Tracking(EventOperations, AgentOperations, MetricOperations):
         return agent
 
     def _end(
-        self, agent: RegisteredAgent, status: AgentStatus, duration_ms: int, event: EventType, metadata: dict[str, Any]
+        self, agent: RegisteredAgent, status: AgentStatus, event: EventType, duration_ms: int, metadata: dict[str, Any]
     ) -> None:
         now = self._clock()
         with self._block(alone=False):
@@ -337,11 +338,13 @@ class TrackedAgent(_Tracked):
         spawned, duration_ms = self._entered(), self._end()
 
         def end() -> None:
-            if error is None:
-                self._db._end(spawned, AgentStatus.COMPLETE, duration_ms, EventType.COMPLETE, self._metadata)
-            else:
-                metadata = {**self._metadata, **_description(error)}
-                self._db._end(spawned, AgentStatus.ERROR, duration_ms, EventType.ERROR, metadata)
+            what = (AgentStatus.COMPLETE, EventType.COMPLETE) if error is None else (AgentStatus.ERROR, EventType.ERROR)
+            about = {} if error is None else _description(error)
+            try:
+                self._db._end(spawned, *what, duration_ms, {**self._metadata, **about})
+            except InvalidInputError:  # Of what the block has put into its metadata; the end is true without that.
+                self._db._end(spawned, *what, duration_ms, about)
+                raise
 
         self._store(error, end)
 

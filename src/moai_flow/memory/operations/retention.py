@@ -10,6 +10,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any, Literal, NamedTuple, Self, TypeAlias
 
 from sqlalchemy import (
+    Column,
     ColumnElement,
     Dialect,
     Executable,
@@ -48,6 +49,7 @@ logger = logging.getLogger("moai_flow.memory")
 
 _MONTH = timedelta(days=30)
 _DAY, _HOUR, _SECOND = timedelta(days=1), timedelta(hours=1), timedelta(seconds=1)
+_TICK = timedelta(microseconds=1)
 
 
 @dataclass(frozen=True)
@@ -165,10 +167,15 @@ _LOOKED_AT = 5000
 _PAUSE = 0.03
 
 
+def _is_old(column: Column[Any]) -> ColumnElement[bool]:
+    """Return the condition for times before *cutoff*. What sorts before all times is none, and stays for `check`."""
+    return and_(column >= datetime.min.replace(tzinfo=UTC), column < bindparam("cutoff"))
+
+
 def _oldest(model: type[Record]) -> Statement:
     """Return what deletes the *limit* oldest rows before *cutoff*."""
     table = table_of(model)
-    old = table.c.timestamp < bindparam("cutoff")
+    old = _is_old(table.c.timestamp)
 
     def clause(dialect: Dialect) -> Executable:
         if is_postgresql(dialect):
@@ -183,7 +190,7 @@ def _oldest(model: type[Record]) -> Statement:
 
 def _count_oldest(model: type[Record]) -> Statement:
     table = table_of(model)
-    return Statement(select(func.count()).select_from(table).where(table.c.timestamp < bindparam("cutoff")))
+    return Statement(select(func.count()).select_from(table).where(_is_old(table.c.timestamp)))
 
 
 _BY_TIME: tuple[_Name, ...] = ("events", "task_metrics", "agent_metrics", "swarm_metrics")
@@ -322,7 +329,7 @@ def _encode_policy(policy: RetentionPolicy) -> str:
     if policy == RetentionPolicy():
         return "default"
     ages = {name: getattr(policy, name) for name in _NAMES}
-    return json.dumps({name: None if age is None else age.total_seconds() for name, age in ages.items()})
+    return json.dumps({name: None if age is None else age // _TICK for name, age in ages.items()})
 
 
 def _decode_policy(text: str) -> RetentionPolicy:
@@ -339,15 +346,9 @@ def _decode_policy(text: str) -> RetentionPolicy:
     if not isinstance(ages, dict) or set(ages) != set(_NAMES):
         raise ValueError(f"ages of {', '.join(_NAMES)} are expected")
     try:
-        return RetentionPolicy(**{name: None if age is None else _decode_age(age) for name, age in ages.items()})
+        return RetentionPolicy(**{name: None if age is None else age * _TICK for name, age in ages.items()})
     except (TypeError, OverflowError) as error:
         raise ValueError(str(error)) from None
-
-
-def _decode_age(seconds: float) -> timedelta:
-    if seconds == timedelta.max.total_seconds():  # Which is rounded up, to more than a timedelta holds.
-        return timedelta.max
-    return timedelta(seconds=seconds)
 
 
 def _encode_place(place: _Place) -> str:
@@ -434,8 +435,9 @@ class RetentionOperations(Scope):
         """Remove old rows from all tables, now. It changes nothing about what is removed by itself, see `retention`.
 
         Rows are removed in chunks, each in a transaction of its own, and others write in between; inside the caller's
-        transaction, all of it is part of that. The value of a memory that has not expired is never removed, whatever
-        its age, nor is an agent that has not ended.
+        transaction, all of it is part of that. Rows that another cleanup is removing at the same time are left to
+        that one. The value of a memory that has not expired is never removed, whatever its age, nor is an agent that
+        has not ended.
 
         Args:
             days: Remove what is older than so many days, from every table but the registry.
