@@ -133,11 +133,18 @@ class SQLite(Backend):
         if patient:
             raw.execute("BEGIN" if readonly else "BEGIN IMMEDIATE")
             return
+        with self.impatient(raw):
+            raw.execute("BEGIN IMMEDIATE")
+
+    @staticmethod
+    @contextmanager
+    def impatient(raw: Any) -> Iterator[None]:
+        """Wait for nobody inside the block."""
         (milliseconds,) = raw.execute("PRAGMA busy_timeout").fetchone()
         raw.execute("PRAGMA busy_timeout = 0")
         try:
             with raw.impatient() if isinstance(raw, PatientConnection) else nullcontext():
-                raw.execute("BEGIN IMMEDIATE")
+                yield
         finally:
             raw.execute(f"PRAGMA busy_timeout = {milliseconds:d}")
 

@@ -37,7 +37,7 @@ from moai_flow.memory.cli import top as screen
 from moai_flow.memory.cli.demo import report, watch
 from moai_flow.memory.cli.failures import in_one_line
 from moai_flow.memory.cli.swarm import Plan, files_of
-from moai_flow.memory.engine import Location, Settings, create, locate
+from moai_flow.memory.engine import Location, Settings, create, locate, log_bytes
 from moai_flow.memory.enums import Vocabulary
 from moai_flow.memory.migrations import VERSION, found_version, server_ddl
 from moai_flow.memory.models import TABLES
@@ -216,6 +216,7 @@ def status(*, db: Database = None, as_json: AsJSON = False) -> None:
             "path": str(_locate(db)),
             "schema_version": store.schema_version,
             "size_bytes": store.size_bytes(),
+            "wal_bytes": log_bytes(_locate(db)),
             **_software(session),
             "oldest_event": _moment(session.exec(select(func.min(event_time))).one()),
             "newest_event": _moment(session.exec(select(func.max(event_time))).one()),
@@ -675,6 +676,7 @@ def _show_check(found: CheckReport) -> None:
             if found.has_wal_reset_bug
             else "not in this version",
             "moved into quarantine": found.quarantined,
+            "log, in bytes": found.wal_bytes,
         }
     )
     show.table("Damage to the file", [show.text("problem")], ([problem] for problem in found.integrity))
