@@ -9,6 +9,7 @@ from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 from uuid import uuid4
 
 from sqlalchemy import Connection, Engine
@@ -235,6 +236,15 @@ class Connections:
             self.local.pinned = Pinned(held, self)
         return self.local.pinned.held.raw
 
+    def has_open(self, path: Path) -> bool:
+        """Whether one of them, idle or in use, is open to this file."""
+        database = self._engine.url.database or ""
+        return (
+            any(held.is_open for held in list(self._open))
+            and self._engine.dialect.name == "sqlite"
+            and Path(unquote(database.removeprefix("file:"))).resolve() == path
+        )
+
     def close(self) -> None:
         """Close what is idle, and this thread's own; what others use is closed when they are done with it."""
         self.closed = True
@@ -339,6 +349,11 @@ def copy_to(raw: sqlite3.Connection, target: Path) -> None:
 
 
 _instances: weakref.WeakSet[Connections] = weakref.WeakSet()
+
+
+def is_open_here(path: Path) -> bool:
+    """Whether this process has a connection to a database's file, of whatever `SwarmDB`. *path* leads to it itself."""
+    return any(connections.has_open(path) for connections in list(_instances))
 
 
 def _forget_after_fork() -> None:

@@ -169,7 +169,8 @@ class MaintenanceOperations(Scope):
         """Rebuild the database's file, which gives the space of deleted rows back to the disk.
 
         It takes as long as copying the file, needs as much free space again, and keeps writers waiting meanwhile. If
-        somebody is reading, the file shrinks with the first writes after that. On PostgreSQL it is a plain ``VACUUM`` of SwarmDB's tables: the space is used again, and nobody waits.
+        somebody is reading, the file shrinks with the first writes after that. On PostgreSQL it is a plain ``VACUUM``
+        of SwarmDB's tables: the space is used again, and nobody waits.
 
         Raises:
             TransactionError: Inside a transaction.
