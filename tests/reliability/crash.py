@@ -6,6 +6,7 @@ import random
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +68,7 @@ def run(
             worker.start()
         # Now and then they die while they open the file.
         if chance.random() < 0.8:
-            _wait_until(lambda lists=lists: any(path.exists() and path.stat().st_size for path in lists))
+            _wait_until(partial(_has_begun, lists))
         chance.shuffle(workers)
         for worker in workers:
             time.sleep(chance.expovariate(60))
@@ -98,6 +99,10 @@ def _write(url: str, durability: Any, prefix: str, seed: int, path: Path) -> Non
                 else:
                     break
             os.write(notes, f"{name}\n".encode())  # One call: all of the line or nothing of it.
+
+
+def _has_begun(lists: list[Path]) -> bool:
+    return any(path.exists() and path.stat().st_size for path in lists)
 
 
 def _lines(path: Path) -> list[str]:

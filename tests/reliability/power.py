@@ -39,7 +39,8 @@ class PowerFigures:
 
     def __str__(self) -> str:
         return "; ".join(
-            f"{self.copies[loss]} copies with {loss}: all sound, at most {self.most_lost[loss]} acknowledged commits lost"
+            f"{self.copies[loss]} copies with {loss}: all sound, and at most {self.most_lost[loss]} acknowledged "
+            "commits missing"
             for loss in self.copies
         )
 
@@ -174,7 +175,7 @@ def _acknowledged(notes: list[Path]) -> int:
 
 
 def _copies(path: Path, folder: Path, durable: Path, chance: random.Random) -> Iterator[tuple[str, Path]]:
-    """Yield copies of a file, each in a folder of its own, with what was lost in it. The index (-shm) is never copied."""
+    """Yield copies of a file, each in a folder of its own, with what was lost in it. The index is never copied."""
     file, log = path.read_bytes(), _read(path.with_name("swarm.db-wal"))
     yield NOTHING, _stored(folder.with_name(f"{folder.name}-a"), file, log)
     # What a checkpoint may have moved into the file was flushed before, so the log has at least that.
@@ -182,7 +183,7 @@ def _copies(path: Path, folder: Path, durable: Path, chance: random.Random) -> I
     cut = chance.randint(kept, len(log))
     yield END_OF_LOG, _stored(folder.with_name(f"{folder.name}-b"), file, log[:cut])
     torn = max(kept, cut - chance.randint(1, 4096))
-    rubbish = chance.choice([bytes, chance.randbytes])(cut - torn)
+    rubbish = bytes(cut - torn) if chance.random() < 0.5 else chance.randbytes(cut - torn)
     yield TORN_END, _stored(folder.with_name(f"{folder.name}-c"), file, log[:torn] + rubbish)
     if has_compiler():
         flushed_file, flushed_log = _read(durable / "swarm.db"), _read(durable / "swarm.db-wal")
@@ -206,7 +207,7 @@ def _stored(folder: Path, file: bytes, log: bytes) -> Path:
 
 
 def _moved_bytes(path: Path) -> int:
-    """Return how much of the log a checkpoint may have moved: https://sqlite.org/walformat.html#the_wal_index_file_format."""
+    """Return how much of the log a checkpoint may have moved, as the index says: https://sqlite.org/walformat.html."""
     index = path.with_name("swarm.db-shm").read_bytes()
     (page_size,) = struct.unpack_from("=H", index, 14)
     done, tried = struct.unpack_from("=I", index, 96)[0], struct.unpack_from("=I", index, 128)[0]
