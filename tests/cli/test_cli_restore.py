@@ -293,10 +293,26 @@ def test_what_is_acknowledged_beside_restores_is_in_one_of_the_files_and_never_i
     assert agents(path) == ["before"]
 
 
+def lose_a_row_of_an_index(path: Path) -> None:
+    """Write a row while SQLite does not know of an index, as a page that is lost may leave it."""
+    with closing(sqlite3.connect(path)) as raw:
+        index = raw.execute("SELECT * FROM sqlite_master WHERE name = 'idx_agent_registry_status'").fetchone()
+    for statement in (
+        "DELETE FROM sqlite_master WHERE name = 'idx_agent_registry_status'",
+        "UPDATE agent_registry SET status = 'lost'",
+        "INSERT INTO sqlite_master VALUES (?, ?, ?, ?, ?)",
+    ):
+        with closing(sqlite3.connect(path)) as raw, raw:
+            raw.execute("PRAGMA writable_schema = ON")
+            raw.execute(statement, index if "VALUES" in statement else ())
+
+
 def test_a_backup_that_is_damaged_or_none_is_refused_and_nothing_is_changed(
     swarmdb: Command, saved: Path, path: Path, tmp_path: Path
 ) -> None:
     whole = saved.read_bytes()
+    (tmp_path / "index.db").write_bytes(whole)
+    lose_a_row_of_an_index(tmp_path / "index.db")
     for name, damaged in {
         "half.db": whole[: len(whole) // 2],
         "flipped.db": whole[:8192] + b"\x55" * 4096 + whole[12288:],
@@ -309,6 +325,7 @@ def test_a_backup_that_is_damaged_or_none_is_refused_and_nothing_is_changed(
     execute(tmp_path / "newer.db", "UPDATE schema_info SET value = '9.0.0' WHERE key = 'version'")
     before = (path.read_bytes(), files(tmp_path))
     for name, complaint in {
+        "index.db": "the backup is damaged",
         "half.db": "malformed",
         "flipped.db": "malformed",
         "text.db": "file is not a database",
