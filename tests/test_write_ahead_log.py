@@ -60,6 +60,24 @@ def test_a_long_reader_stops_no_writer_and_the_log_shrinks_once_it_ends(path: Pa
         assert sum(1 for _ in db.iter_events()) == 3002
 
 
+def test_a_log_that_has_grown_is_cut_by_who_only_reads_too(path: Path) -> None:
+    """Where reads always overlap, SQLite itself finds no moment in which to begin the log again."""
+    with SwarmDB(path) as db, SwarmDB(path) as reader:
+        with reading(db):
+            while wal_bytes(db) <= 2 * LIMIT:
+                db.insert_events([LARGE] * 300)
+        for _ in range(300):
+            reader.get_agent("a")
+
+        assert wal_bytes(db) == 0
+        with reading(db):
+            while wal_bytes(db) <= 2 * LIMIT:
+                db.insert_events([LARGE] * 300)
+            for _ in range(300):
+                reader.get_agent("a")  # What can't be cut now is no failure.
+            assert wal_bytes(db) > 2 * LIMIT
+
+
 def test_vacuum_keeps_no_writer_waiting_for_a_reader(path: Path) -> None:
     with SwarmDB(path, busy_timeout=30) as db, SwarmDB(path, busy_timeout=5) as writer:
         db.insert_events([LARGE] * 1000)

@@ -138,10 +138,10 @@ class SQLite(Backend):
 
     @staticmethod
     @contextmanager
-    def impatient(raw: Any) -> Iterator[None]:
-        """Wait for nobody inside the block."""
+    def impatient(raw: Any, seconds: float = 0) -> Iterator[None]:
+        """Wait for nobody inside the block, or at most for so long."""
         (milliseconds,) = raw.execute("PRAGMA busy_timeout").fetchone()
-        raw.execute("PRAGMA busy_timeout = 0")
+        raw.execute(f"PRAGMA busy_timeout = {min(milliseconds, round(seconds * 1000)):d}")
         try:
             with raw.impatient() if isinstance(raw, PatientConnection) else nullcontext():
                 yield

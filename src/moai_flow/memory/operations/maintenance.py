@@ -48,6 +48,9 @@ _VERSION = Statement(select(table_of(SchemaInfo).c.value).where(table_of(SchemaI
 _SIZE_ON_SERVER = Statement(select(func.pg_database_size(func.current_database())))
 _PRAGMAS = {"page_count": "PRAGMA page_count", "page_size": "PRAGMA page_size"}
 
+#: For how long vacuum() keeps writers waiting for readers, in seconds: for all but long ones.
+_READERS_WAITED_FOR = 1.0
+
 #: How many rows are checked at a time.
 _CHUNK = 1000
 
@@ -188,8 +191,9 @@ class MaintenanceOperations(Scope):
                     return
                 held.raw.execute("VACUUM")
                 # The rebuilt pages are in the log; this moves them into the file and cuts the file to its new size. It
-                # has the write lock while it waits for readers, so it doesn't wait: the next writes do the same.
-                with SQLite.impatient(held.raw):
+                # has the write lock while it waits for readers, so it doesn't wait for long ones: later writes do the
+                # same, but only once no two reads overlap.
+                with SQLite.impatient(held.raw, _READERS_WAITED_FOR):
                     held.raw.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
         finally:
             self._connections.give(held)
