@@ -35,7 +35,7 @@ LAYERS = [
     ["db"],
     ["aio"],
     ["reading"],
-    ["transfer"],
+    ["restoring", "transfer"],
 ]
 LEVEL = {module: level for level, modules in enumerate(LAYERS) for module in modules}
 ON_TOP = {"__init__", "__main__", "cli", "demo"}

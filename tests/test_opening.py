@@ -240,6 +240,7 @@ def test_files_are_in_wal_mode_and_durability_is_set(path: Path) -> None:
             assert conn.execute("PRAGMA foreign_keys").fetchone()[0] == 1
             assert conn.execute("PRAGMA busy_timeout").fetchone()[0] == 30_000
             assert conn.execute("PRAGMA cache_size").fetchone()[0] == -16 * 1024
+            assert conn.execute("PRAGMA journal_size_limit").fetchone()[0] == 16 * 1024 * 1024
 
 
 def test_the_page_cache_is_as_large_as_asked(path: Path) -> None:

@@ -253,6 +253,7 @@ def test_opening_an_up_to_date_file_reads_its_version_and_its_journal(path: Path
             "PRAGMA foreign_keys",
             "PRAGMA synchronous",
             "PRAGMA cache_size",
+            "PRAGMA journal_size_limit",
             "SELECT value FROM schema_info WHERE key",
             "PRAGMA journal_mode",
         ]

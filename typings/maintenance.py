@@ -55,6 +55,7 @@ def report(db: SwarmDB) -> None:
     assert_type(found.unlisted, tuple[UnlistedValue, ...])
     assert_type(found.foreign_times, tuple[ForeignTime, ...])
     assert_type(found.quarantined, int)
+    assert_type(found.wal_bytes, int | None)
     for word in found.unlisted:
         assert_type((word.table, word.column, word.value, word.rows), tuple[str, str, str, int])
     for times in found.foreign_times:

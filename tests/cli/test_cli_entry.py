@@ -25,6 +25,7 @@ COMMANDS = [
     "migrate",
     "vacuum",
     "backup",
+    "restore",
     "copy",
     "export",
     "check",

@@ -147,6 +147,7 @@ def test_check_of_a_sound_database(swarmdb: Command, store: Path) -> None:
 
     assert report["ok"] is True
     assert (report["integrity"], report["undecodable"], report["quarantined"]) == ([], [], 0)
+    assert report["wal_bytes"] >= 0
     assert swarmdb("check", "--db", store).status == 0
 
 

@@ -33,6 +33,7 @@ def test_status_counts_everything(swarmdb: Command, store: Path) -> None:
     assert status["path"] == str(store)
     assert status["schema_version"] == "2.1.0"
     assert status["size_bytes"] > 0
+    assert status["wal_bytes"] >= 0
     assert status["sqlite_version"] == sqlite3.sqlite_version
     assert status["rows"] == {
         "agent_events": 3,

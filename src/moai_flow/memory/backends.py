@@ -133,11 +133,18 @@ class SQLite(Backend):
         if patient:
             raw.execute("BEGIN" if readonly else "BEGIN IMMEDIATE")
             return
+        with self.impatient(raw):
+            raw.execute("BEGIN IMMEDIATE")
+
+    @staticmethod
+    @contextmanager
+    def impatient(raw: Any, seconds: float = 0) -> Iterator[None]:
+        """Wait for nobody inside the block, or at most for so long."""
         (milliseconds,) = raw.execute("PRAGMA busy_timeout").fetchone()
-        raw.execute("PRAGMA busy_timeout = 0")
+        raw.execute(f"PRAGMA busy_timeout = {min(milliseconds, round(seconds * 1000)):d}")
         try:
             with raw.impatient() if isinstance(raw, PatientConnection) else nullcontext():
-                raw.execute("BEGIN IMMEDIATE")
+                yield
         finally:
             raw.execute(f"PRAGMA busy_timeout = {milliseconds:d}")
 

@@ -9,12 +9,14 @@ from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 from uuid import uuid4
 
 from sqlalchemy import Connection, Engine
 from sqlalchemy.exc import SQLAlchemyError
 
-from moai_flow.memory.backends import Backend, backend_of, translated
+from moai_flow.memory.backends import Backend, SQLite, backend_of, translated
+from moai_flow.memory.engine import LOG_LIMIT_MIB, Location, log_bytes
 from moai_flow.memory.errors import BusyError, ClosedError
 from moai_flow.memory.patience import PatientConnection, interruption
 
@@ -100,6 +102,16 @@ class Limit:
 _TRUSTED = 5.0
 
 
+#: After how many uses of connections the log's size is looked at.
+_LOOK_AFTER = 250
+
+#: How soon a cut of the log may be tried again, in seconds; twice as long after each that failed, up to the longest.
+_CUT_AGAIN_AFTER, _CUT_AGAIN_AT_LAST = 1.0, 120.0
+
+#: For how long a cut of the log keeps writers waiting for readers, in seconds.
+_READERS_WAITED_FOR = 0.2
+
+
 class Permit:
     """Leave to have one of a limited number of connections, until it is given back, or nobody has it any more."""
 
@@ -142,7 +154,14 @@ class Connections:
     """The open connections of one engine."""
 
     def __init__(
-        self, engine: Engine, where: str, *, kept: int, anchored: bool = False, limit: "Limit | None" = None
+        self,
+        engine: Engine,
+        where: str,
+        *,
+        kept: int,
+        anchored: bool = False,
+        limit: "Limit | None" = None,
+        log_of: Location | None = None,
     ) -> None:
         """Use *engine*.
 
@@ -152,6 +171,7 @@ class Connections:
             kept: How many idle connections stay open, though more may be in use at once.
             anchored: Whether one more stays open throughout, since the database is in memory and would vanish.
             limit: How many may be open at once, for a database on a server; None for any number.
+            log_of: The file whose log is kept from growing; None if it has none, or its owner sees to it.
 
         Raises:
             StorageError: If the database can't be opened.
@@ -166,6 +186,10 @@ class Connections:
         self._kept = kept
         self._limit = limit
         self._permits = None if limit is None else Permits(limit)
+        self._log_of = log_of
+        self._uses = 0
+        self._may_cut_from = 0.0
+        self._cut_again_after = _CUT_AGAIN_AFTER
         self._idle: list[Held] = []
         self._open: weakref.WeakSet[Held] = weakref.WeakSet()
         self._anchor = self._connect() if anchored else None
@@ -202,6 +226,11 @@ class Connections:
             if is_lost:
                 self._drain()  # Who made this one close has made them close as well.
             return
+        self._uses += 1  # Threads may lose one of theirs, which does no harm.
+        if self._uses >= _LOOK_AFTER:
+            self._uses = 0
+            if self._log_of is not None:
+                self._cut_log(held, self._log_of)
         permit, held.permit = held.permit, None  # Once it is idle, it is another's.
         if permit is not None:
             held.given_back = time.monotonic()
@@ -236,6 +265,15 @@ class Connections:
             self.local.pinned = Pinned(held, self)
         return self.local.pinned.held.raw
 
+    def has_open(self, path: Path) -> bool:
+        """Whether one of them, idle or in use, is open to this file."""
+        database = self._engine.url.database or ""
+        return (
+            any(held.is_open for held in list(self._open))
+            and self._engine.dialect.name == "sqlite"
+            and Path(unquote(database.removeprefix("file:"))).resolve() == path
+        )
+
     def close(self) -> None:
         """Close what is idle, and this thread's own; what others use is closed when they are done with it."""
         self.closed = True
@@ -259,6 +297,27 @@ class Connections:
             self._permits = Permits(self._limit)
         self.local = _Local()
         self._engine.dispose(close=False)
+
+    def _cut_log(self, held: Held, location: Location) -> None:
+        """Begin a log again that has grown since there is always somebody who reads from it.
+
+        SQLite itself only does so in a moment when nobody does.
+        """
+        now = time.monotonic()
+        if now < self._may_cut_from or (log_bytes(location) or 0) <= 2 * LOG_LIMIT_MIB * 1024 * 1024:
+            return
+        self._may_cut_from = now + self._cut_again_after
+        try:
+            with SQLite.impatient(held.raw, _READERS_WAITED_FOR):
+                (is_kept, *_) = held.raw.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+        except sqlite3.Error:
+            is_kept = True  # The call that this is part of has done what it should. A later one tries again.
+        except BaseException:
+            self.discard(held)
+            raise
+        # Beside a long reader, it must not keep writers waiting again and again.
+        longer = min(self._cut_again_after * 2, _CUT_AGAIN_AT_LAST)
+        self._cut_again_after = longer if is_kept else _CUT_AGAIN_AFTER
 
     def _take_permitted(self, permits: Permits) -> Held:
         permit = permits.take()
@@ -343,6 +402,11 @@ def copy_to(raw: sqlite3.Connection, target: Path) -> None:
 
 
 _instances: weakref.WeakSet[Connections] = weakref.WeakSet()
+
+
+def is_open_here(path: Path) -> bool:
+    """Whether this process has a connection to a database's file, of whatever `SwarmDB`. *path* leads to it itself."""
+    return any(connections.has_open(path) for connections in list(_instances))
 
 
 def _forget_after_fork() -> None:

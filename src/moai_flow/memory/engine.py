@@ -26,6 +26,10 @@ _SYNCHRONOUS: Mapping[str, str] = {"normal": "PRAGMA synchronous = NORMAL", "ful
 #: Beyond this, bulk work on files of a million rows was seen to gain nothing more.
 PAGE_CACHE_MIB = 16
 
+#: SQLite's log (the ``-wal`` file) begins again at its start when all of it is in the database, but by itself the file
+#: never shrinks. Beyond this size it is cut when that happens: four times what it has when nobody keeps it from it.
+LOG_LIMIT_MIB = 16
+
 _POSTGRESQL = frozenset({"postgresql", "postgresql+psycopg"})
 _MEMORY_NAMES = frozenset({"", ":memory:"})
 
@@ -117,6 +121,23 @@ def path_of_file(given: str | os.PathLike[str], *, field: str) -> Path:
     if is_folder:
         raise InvalidInputError(field, name, "the path of a file, not of a folder")
     return path
+
+
+def log_bytes(location: Location) -> int | None:
+    """Return the size of the log beside a database's file, in bytes; None if it has no file.
+
+    Raises:
+        StorageError: If the system can't look there.
+    """
+    if location.path is None:
+        return None
+    path = location.path.resolve()  # SQLite puts it beside the file itself, not beside a link to it.
+    try:
+        return path.with_name(f"{path.name}-wal").stat().st_size
+    except FileNotFoundError:
+        return 0
+    except OSError as error:
+        raise StorageError(f"{location}: {error}") from error
 
 
 def _from_path(db_path: str | os.PathLike[str], field: str) -> Location:
@@ -230,12 +251,15 @@ def _for_file(location: Location, settings: Settings) -> Engine:
     synchronous = _SYNCHRONOUS[settings.durability]
     # Negative means KiB, positive would be pages.
     cache_size = f"PRAGMA cache_size = {settings.page_cache_mib * -1024:d}"
+    log_limit = f"PRAGMA journal_size_limit = {LOG_LIMIT_MIB * 1024 * 1024:d}"
 
     @event.listens_for(engine, "connect")
     def set_pragmas(raw: Any, record: object) -> None:
         raw.execute("PRAGMA foreign_keys = ON")
         raw.execute(synchronous)
         raw.execute(cache_size)
+        if not location.is_in_memory:
+            raw.execute(log_limit)
 
     return engine
 

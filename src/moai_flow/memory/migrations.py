@@ -103,6 +103,17 @@ def bring_up_to_date(held: Held, location: Location, *, wal_wait: float | None, 
             _migrate(held, location, version, now)
 
 
+def check_openable(raw: sqlite3.Connection, location: Location) -> tuple[str | None, bool]:
+    """Return the version of a file's schema, and whether it has any of our tables: opening it would do the rest.
+
+    Raises:
+        SchemaError: If it is of a newer version, or one of its tables is not what its name says.
+    """
+    version = read_version(raw)
+    _check_known(version, location)
+    return version, len(_adoptable(raw, location)) > 0
+
+
 def time_columns() -> Iterator[tuple[type[Record], Column[Any]]]:
     """Yield every column that holds a time as text."""
     for model in TABLES:

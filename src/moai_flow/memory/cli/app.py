@@ -37,10 +37,11 @@ from moai_flow.memory.cli import top as screen
 from moai_flow.memory.cli.demo import report, watch
 from moai_flow.memory.cli.failures import in_one_line
 from moai_flow.memory.cli.swarm import Plan, files_of
-from moai_flow.memory.engine import Location, Settings, create, locate
+from moai_flow.memory.engine import Location, Settings, create, locate, log_bytes
 from moai_flow.memory.enums import Vocabulary
 from moai_flow.memory.migrations import VERSION, found_version, server_ddl
 from moai_flow.memory.models import TABLES
+from moai_flow.memory.restoring import restore_backup
 from moai_flow.memory.scope import translating
 from moai_flow.memory.transfer import BATCH_SIZE
 from moai_flow.memory.types import AsStored, decode_json, decode_time
@@ -216,6 +217,7 @@ def status(*, db: Database = None, as_json: AsJSON = False) -> None:
             "path": str(_locate(db)),
             "schema_version": store.schema_version,
             "size_bytes": store.size_bytes(),
+            "wal_bytes": log_bytes(_locate(db)),
             **_software(session),
             "oldest_event": _moment(session.exec(select(func.min(event_time))).one()),
             "newest_event": _moment(session.exec(select(func.max(event_time))).one()),
@@ -565,6 +567,32 @@ def backup(
 
 
 @app.command()
+def restore(
+    path: Annotated[str, typer.Argument(metavar="BACKUP", help="The file that swarmdb backup wrote.")],
+    *,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the database if it exists.")] = False,
+    discard: Annotated[bool, typer.Option("--discard", help="Keep no copy of the database that is replaced.")] = False,
+    db: Database = None,
+    as_json: AsJSON = False,
+) -> None:
+    """Put a backup in the place of a database, which nobody may have open. What was there is kept beside it."""
+    location = _locate(db)
+    if location.path is None:
+        raise StorageError(f"{location}: restore writes a file; a server's database is restored by pg_restore")
+    if not Path(path).is_file():
+        raise StorageError(f"no backup at {path}")
+    if not overwrite and location.path.exists():
+        raise StorageError(f"{location.path} exists; --overwrite replaces it")
+    done = restore_backup(path, location.path, overwrite=overwrite, keep=not discard, busy_timeout=BUSY_TIMEOUT)
+    if as_json:
+        show.as_json({**vars(done), "path": str(done.path), "kept": None if done.kept is None else str(done.kept)})
+        return
+    show.line(str(done.path))
+    if done.kept is not None:
+        show.line(f"what was there before is {done.kept}")
+
+
+@app.command()
 def copy(
     source: Annotated[str, typer.Argument(metavar="SOURCE", help="The database to copy: a file or a URL.")],
     target: Annotated[
@@ -675,6 +703,7 @@ def _show_check(found: CheckReport) -> None:
             if found.has_wal_reset_bug
             else "not in this version",
             "moved into quarantine": found.quarantined,
+            "log, in bytes": found.wal_bytes,
         }
     )
     show.table("Damage to the file", [show.text("problem")], ([problem] for problem in found.integrity))

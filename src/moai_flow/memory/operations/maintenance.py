@@ -27,8 +27,9 @@ from sqlalchemy import (
     type_coerce,
 )
 
+from moai_flow.memory.backends import SQLite
 from moai_flow.memory.connections import Held, copy_to
-from moai_flow.memory.engine import path_of_file
+from moai_flow.memory.engine import log_bytes, path_of_file
 from moai_flow.memory.errors import (
     CorruptDataError,
     InvalidInputError,
@@ -46,6 +47,9 @@ from moai_flow.memory.types import EnumText, is_postgresql
 _VERSION = Statement(select(table_of(SchemaInfo).c.value).where(table_of(SchemaInfo).c.key == "version"))
 _SIZE_ON_SERVER = Statement(select(func.pg_database_size(func.current_database())))
 _PRAGMAS = {"page_count": "PRAGMA page_count", "page_size": "PRAGMA page_size"}
+
+#: For how long vacuum() keeps writers waiting for readers, in seconds: for all but long ones.
+_READERS_WAITED_FOR = 1.0
 
 #: How many rows are checked at a time.
 _CHUNK = 1000
@@ -99,6 +103,8 @@ class CheckReport:
         unlisted: Words outside the enums. They are readable, and no fault.
         foreign_times: Times in another program's format. They are readable, and no fault.
         quarantined: How many rows were moved into quarantine tables.
+        wal_bytes: How large the log of what was not yet moved into the file is; None if the database has no file. Some
+            megabytes are usual. It grows while somebody keeps a transaction open, a reader as well.
     """
 
     sqlite_version: str
@@ -108,6 +114,7 @@ class CheckReport:
     unlisted: tuple[UnlistedValue, ...] = ()
     foreign_times: tuple[ForeignTime, ...] = ()
     quarantined: int = 0
+    wal_bytes: int | None = None
 
     @property
     def ok(self) -> bool:
@@ -164,8 +171,9 @@ class MaintenanceOperations(Scope):
     def vacuum(self) -> None:
         """Rebuild the database's file, which gives the space of deleted rows back to the disk.
 
-        It takes as long as copying the file, needs as much free space again, and keeps writers waiting meanwhile. On
-        PostgreSQL it is a plain ``VACUUM`` of SwarmDB's tables: the space is used again, and nobody waits.
+        It takes as long as copying the file, needs as much free space again, and keeps writers waiting meanwhile. If
+        somebody is reading, the file shrinks with the first writes after that. On PostgreSQL it is a plain ``VACUUM``
+        of SwarmDB's tables: the space is used again, and nobody waits.
 
         Raises:
             TransactionError: Inside a transaction.
@@ -182,8 +190,11 @@ class MaintenanceOperations(Scope):
                     held.raw.execute("VACUUM " + ", ".join(str(model.__tablename__) for model in TABLES))
                     return
                 held.raw.execute("VACUUM")
-                # The rebuilt pages are in the log; this moves them into the file and cuts the file to its new size.
-                held.raw.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+                # The rebuilt pages are in the log; this moves them into the file and cuts the file to its new size. It
+                # has the write lock while it waits for readers, so it doesn't wait for long ones: later writes do the
+                # same, but only once no two reads overlap.
+                with SQLite.impatient(held.raw, _READERS_WAITED_FOR):
+                    held.raw.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
         finally:
             self._connections.give(held)
 
@@ -273,6 +284,7 @@ class MaintenanceOperations(Scope):
             unlisted=tuple(UnlistedValue(*place, rows) for place, rows in sorted(unlisted.items())),
             foreign_times=tuple(foreign_times),
             quarantined=moved,
+            wal_bytes=log_bytes(self._location),
         )
 
     def _pragma(self, name: Literal["page_count", "page_size"]) -> int:

@@ -1,0 +1,424 @@
+"""The command that puts a backup in the place of a database."""
+
+import multiprocessing
+import os
+import re
+import sqlite3
+import stat
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from contextlib import closing
+from multiprocessing.synchronize import Event
+from pathlib import Path
+
+import pytest
+
+from cli.running import Command, execute
+from moai_flow.memory import BusyError, EventData, InvalidInputError, SchemaError, StorageError, SwarmDB
+from moai_flow.memory.cli import app
+from moai_flow.memory.restoring import restore_backup
+
+SPAWN = multiprocessing.get_context("spawn")
+DEAD = """
+import os, sys
+from moai_flow.memory import SwarmDB
+db = SwarmDB(sys.argv[1])
+for number in range(50):
+    db.register_agent(f"dead-{number}", "t")
+os._exit(0)
+"""
+
+
+def event(agent_id: str) -> EventData:
+    return {"event_type": "spawn", "agent_id": agent_id, "agent_type": "t"}
+
+
+def agents(path: Path) -> list[str]:
+    with SwarmDB(path) as db:
+        assert db.check().ok
+        return sorted(agent.agent_id for agent in db.list_agents())
+
+
+def die_with_a_log(path: Path) -> None:
+    """Write agents in a process that ends without closing the file."""
+    subprocess.run([sys.executable, "-c", DEAD, path], check=True)
+    assert path.with_name(f"{path.name}-wal").stat().st_size > 0
+
+
+@pytest.fixture
+def saved(path: Path, tmp_path: Path) -> Path:
+    """A backup of a database that has changed since."""
+    with SwarmDB(path) as db:
+        db.register_agent("before", "t")
+        saved = db.backup(tmp_path / "saved.db")
+        db.register_agent("after", "t")
+    return saved
+
+
+def files(folder: Path) -> list[str]:
+    return sorted(file.name for file in folder.iterdir())
+
+
+def test_a_backup_takes_the_place_and_what_was_there_is_kept(swarmdb: Command, saved: Path, path: Path) -> None:
+    whole = saved.read_bytes()
+    answer = swarmdb("restore", saved, "--db", path, "--overwrite", "--json").json
+
+    kept = Path(answer["kept"])
+    assert answer == {"path": str(path), "size_bytes": len(whole), "schema_version": "2.1.0", "kept": str(kept)}
+    assert re.fullmatch(r"swarm\.db\.\d{8}-\d{6}-\d{6}\.bak", kept.name)
+    assert agents(path) == ["before"]
+    assert agents(kept) == ["after", "before"]
+    assert saved.read_bytes() == whole
+    assert files(path.parent) == ["saved.db", "swarm.db", kept.name]
+
+
+def test_it_says_where_things_are(swarmdb: Command, saved: Path, path: Path) -> None:
+    shown = swarmdb("restore", saved, "--db", path, "--overwrite").out.splitlines()
+
+    assert shown[0] == str(path)
+    assert shown[1].startswith(f"what was there before is {path}.")
+    assert swarmdb("restore", saved, "--db", path, "--overwrite", "--discard").out == f"{path}\n"
+    assert len(list(path.parent.glob("*.bak"))) == 1
+
+
+def test_a_database_that_is_there_is_only_replaced_when_told_so(swarmdb: Command, saved: Path, path: Path) -> None:
+    ran = swarmdb("restore", saved, "--db", path)
+
+    assert (ran.status, ran.out) == (1, "")
+    assert "--overwrite" in ran.err
+    assert agents(path) == ["after", "before"]
+    with pytest.raises(InvalidInputError, match="overwrite=True"):
+        restore_backup(saved, path)
+    path.unlink()
+    assert swarmdb("restore", saved, "--db", path, "--json").json["kept"] is None
+    assert agents(path) == ["before"]
+
+
+def write_until(path: Path, stop: Event) -> None:
+    with SwarmDB(path) as db:
+        number = 0
+        while not stop.is_set():
+            with db.transaction():
+                db.insert_events([event(f"{os.getpid()}-{number}")] * 3)
+                db.register_agent(f"{os.getpid()}-{number}", "t")
+            number += 1
+
+
+def content(path: Path) -> dict[str, list[tuple[object, ...]]]:
+    with closing(sqlite3.connect(path)) as raw:
+        return {
+            table: raw.execute(f"SELECT * FROM {table} ORDER BY rowid").fetchall()
+            for table in ("agent_events", "agent_registry", "schema_info")
+        }
+
+
+@pytest.mark.parametrize("destruction", ["deleted", "emptied", "overwritten", "truncated"])
+def test_what_was_backed_up_beside_writers_comes_back_after_the_file_was_destroyed(
+    destruction: str, swarmdb: Command, path: Path, tmp_path: Path
+) -> None:
+    stop = SPAWN.Event()
+    SwarmDB(path).close()
+    writers = [SPAWN.Process(target=write_until, args=(path, stop), daemon=True) for _ in range(2)]
+    for writer in writers:
+        writer.start()
+    with SwarmDB(path) as db:
+        for number in (20, 60):  # The second replaces the first.
+            while len(db.list_agents()) < number:
+                pass
+            assert swarmdb("backup", "saved.db", "--db", path, "--overwrite").status == 0
+    stop.set()
+    for writer in writers:
+        writer.join()
+    assert [writer.exitcode for writer in writers] == [0, 0]
+    saved = content(tmp_path / "saved.db")
+    die_with_a_log(path)
+    size = path.stat().st_size
+    match destruction:
+        case "deleted":
+            path.unlink()
+        case "emptied":
+            os.truncate(path, 0)
+        case "overwritten":
+            path.write_bytes(os.urandom(size))
+        case "truncated":
+            os.truncate(path, size // 2)
+    ran = swarmdb("restore", "saved.db", "--db", path, "--overwrite")
+
+    assert (ran.status, ran.err) == (0, "")
+    assert content(path) == saved
+    assert len(saved["agent_registry"]) >= 60
+    assert Counter(row[3] for row in saved["agent_events"]) == {row[0]: 3 for row in saved["agent_registry"]}
+    with SwarmDB(path) as db:
+        assert db.check().ok
+        assert not any(agent.agent_id.startswith("dead") for agent in db.list_agents())
+    # What the log held is kept too: beside the file, or moved into it, as far as it can be read.
+    assert len(list(tmp_path.glob("swarm.db.*.bak*"))) >= 1
+
+
+def test_the_log_of_a_database_that_died_is_part_of_what_is_kept_and_not_of_what_is_restored(
+    saved: Path, path: Path
+) -> None:
+    die_with_a_log(path)
+    done = restore_backup(saved, path, overwrite=True)
+
+    assert agents(path) == ["before"]
+    assert done.kept is not None
+    assert len(agents(done.kept)) == 52
+
+
+def test_without_keeping_nothing_of_a_destroyed_one_is_left(saved: Path, path: Path) -> None:
+    die_with_a_log(path)
+    path.write_bytes(b"rubbish" * 1000)
+    restore_backup(saved, path, overwrite=True, keep=False)
+
+    assert files(path.parent) == ["saved.db", "swarm.db"]
+    assert agents(path) == ["before"]
+
+
+def hold_open(path: Path, is_open: Event, stop: Event) -> None:
+    with SwarmDB(path) as db:
+        db.list_agents()
+        is_open.set()
+        stop.wait()
+        db.list_agents()
+
+
+@pytest.mark.parametrize("destruction", ["none", "overwritten", "deleted"])
+def test_it_is_refused_while_another_process_has_the_database_open(
+    destruction: str, saved: Path, path: Path, swarmdb: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(app, "BUSY_TIMEOUT", 0.2)
+    is_open, stop = SPAWN.Event(), SPAWN.Event()
+    holder = SPAWN.Process(target=hold_open, args=(path, is_open, stop), daemon=True)
+    holder.start()
+    is_open.wait()
+    whole = path.read_bytes()
+    if destruction == "overwritten":
+        with path.open("r+b") as file:
+            file.write(b"rubbish")
+    elif destruction == "deleted":
+        path.unlink()
+    before = files(path.parent)
+    ran = swarmdb("restore", saved, "--db", path, "--overwrite")
+
+    assert (ran.status, ran.out) == (1, "")
+    assert "stop every program that uses it" in ran.err
+    assert files(path.parent) == before
+    path.write_bytes(whole) if destruction != "deleted" else None
+    stop.set()
+    holder.join()
+    assert holder.exitcode == 0
+    assert restore_backup(saved, path, overwrite=True).path == path
+    assert agents(path) == ["before"]
+
+
+@pytest.mark.parametrize("destruction", ["none", "overwritten", "deleted"])
+def test_it_is_refused_while_this_process_has_the_database_open(destruction: str, saved: Path, path: Path) -> None:
+    with SwarmDB(path) as db:
+        db.register_agent("now", "t")
+        whole = path.read_bytes()
+        if destruction == "overwritten":
+            path.write_bytes(b"rubbish" * 2000)
+        elif destruction == "deleted":
+            path.unlink()
+        with pytest.raises(BusyError, match="somebody has the database open"):
+            restore_backup(saved, path, overwrite=True, busy_timeout=0)
+        path.write_bytes(whole)
+    assert restore_backup(saved, path, overwrite=True).kept is not None
+
+
+def test_it_waits_for_who_is_about_to_close(saved: Path, path: Path) -> None:
+    raw = sqlite3.connect(path, check_same_thread=False)
+    raw.execute("SELECT * FROM agent_registry").fetchall()
+    closing_soon = threading.Timer(0.3, raw.close)
+    closing_soon.start()
+    restore_backup(saved, path, overwrite=True, busy_timeout=60)
+    closing_soon.join()
+
+    assert agents(path) == ["before"]
+
+
+def write_briefly(path: Path, name: str, stop: Event, acknowledged: Path) -> None:
+    """Open the file again and again, write one event, and note what was acknowledged."""
+    number = 0
+    with acknowledged.open("a") as notes:
+        while not stop.is_set():
+            try:
+                with SwarmDB(path) as db:
+                    event_id = db.insert_event(event(name), event_id=f"{name}-{number}")
+            except StorageError:  # It had the old file open when that was moved.
+                number += 1
+                continue
+            time.sleep(0.005)  # Else a restore hardly ever finds the file free.
+            notes.write(f"{event_id}\n")
+            notes.flush()
+            number += 1
+
+
+def events(path: Path) -> set[str]:
+    with closing(sqlite3.connect(path)) as raw:
+        return {event_id for (event_id,) in raw.execute("SELECT event_id FROM agent_events")}
+
+
+def test_what_is_acknowledged_beside_restores_is_in_one_of_the_files_and_never_in_one_that_was_kept_before(
+    saved: Path, path: Path, tmp_path: Path
+) -> None:
+    stop = SPAWN.Event()
+    notes = [tmp_path / f"acknowledged-{number}" for number in range(2)]
+    writers = [
+        SPAWN.Process(target=write_briefly, args=(path, f"w{n}", stop, note), daemon=True)
+        for n, note in enumerate(notes)
+    ]
+    for writer in writers:
+        writer.start()
+    while not all(note.exists() and note.stat().st_size for note in notes):
+        pass
+    kept: dict[Path, set[str]] = {}
+    for _ in range(6):
+        done = restore_backup(saved, path, overwrite=True, busy_timeout=60)
+        assert done.kept is not None
+        kept[done.kept] = events(done.kept)
+    stop.set()
+    for writer in writers:
+        writer.join()
+
+    assert [writer.exitcode for writer in writers] == [0] * 2
+    assert {file: events(file) for file in kept} == kept
+    acknowledged = {line for note in notes for line in note.read_text().splitlines()}
+    assert acknowledged <= events(path).union(*kept.values())
+    assert any(kept.values())
+    assert agents(path) == ["before"]
+
+
+def lose_a_row_of_an_index(path: Path) -> None:
+    """Write a row while SQLite does not know of an index, as a page that is lost may leave it."""
+    with closing(sqlite3.connect(path)) as raw:
+        index = raw.execute("SELECT * FROM sqlite_master WHERE name = 'idx_agent_registry_status'").fetchone()
+    for statement in (
+        "DELETE FROM sqlite_master WHERE name = 'idx_agent_registry_status'",
+        "UPDATE agent_registry SET status = 'lost'",
+        "INSERT INTO sqlite_master VALUES (?, ?, ?, ?, ?)",
+    ):
+        with closing(sqlite3.connect(path)) as raw, raw:
+            raw.execute("PRAGMA writable_schema = ON")
+            raw.execute(statement, index if "VALUES" in statement else ())
+
+
+def test_a_backup_that_is_damaged_or_none_is_refused_and_nothing_is_changed(
+    swarmdb: Command, saved: Path, path: Path, tmp_path: Path
+) -> None:
+    whole = saved.read_bytes()
+    (tmp_path / "index.db").write_bytes(whole)
+    lose_a_row_of_an_index(tmp_path / "index.db")
+    for name, damaged in {
+        "half.db": whole[: len(whole) // 2],
+        "flipped.db": whole[:8192] + b"\x55" * 4096 + whole[12288:],
+        "text.db": b"This is no database, and long enough for SQLite to see that it is none.\n" * 20,
+        "empty.db": b"",
+    }.items():
+        (tmp_path / name).write_bytes(damaged)
+    execute(tmp_path / "cookies.db", "CREATE TABLE cookies (name TEXT)")
+    (tmp_path / "newer.db").write_bytes(whole)
+    execute(tmp_path / "newer.db", "UPDATE schema_info SET value = '9.0.0' WHERE key = 'version'")
+    before = (path.read_bytes(), files(tmp_path))
+    for name, complaint in {
+        "index.db": "the backup is damaged",
+        "half.db": "malformed",
+        "flipped.db": "malformed",
+        "text.db": "file is not a database",
+        "empty.db": "none of SwarmDB's tables",
+        "cookies.db": "none of SwarmDB's tables",
+        "newer.db": "upgrade moai-flow-memory",
+        "nowhere.db": "no backup at",
+    }.items():
+        ran = swarmdb("restore", name, "--db", path, "--overwrite")
+
+        assert (ran.status, ran.out) == (1, ""), name
+        assert complaint in ran.err
+        assert ran.err.count("\n") == 1
+        assert (path.read_bytes(), files(tmp_path)) == before
+    with pytest.raises(SchemaError):
+        restore_backup("empty.db", path, overwrite=True)
+
+
+def test_a_backup_that_somebody_keeps_locked_is_busy(saved: Path, path: Path) -> None:
+    with closing(sqlite3.connect(saved, isolation_level=None)) as raw:
+        raw.execute("PRAGMA journal_mode = DELETE").fetchall()
+        raw.execute("BEGIN EXCLUSIVE")
+        with pytest.raises(BusyError):
+            restore_backup(saved, path, overwrite=True, busy_timeout=0)
+    assert agents(path) == ["after", "before"]
+
+
+def test_a_backup_that_is_in_use_is_restored_with_what_its_log_holds(saved: Path, path: Path) -> None:
+    with SwarmDB(saved) as db:
+        db.register_agent("late", "t")
+        restore_backup(saved, path, overwrite=True)
+        db.register_agent("later", "t")
+
+    assert agents(path) == ["before", "late"]
+    assert agents(saved) == ["before", "late", "later"]
+
+
+def test_a_database_is_no_backup_of_itself(swarmdb: Command, saved: Path, path: Path, tmp_path: Path) -> None:
+    (tmp_path / "link.db").symlink_to(path)
+    for backup, target in ((path, path), ("link.db", path), (path, "link.db")):
+        ran = swarmdb("restore", backup, "--db", target, "--overwrite")
+
+        assert (ran.status, ran.out) == (1, "")
+        assert "another file than the backup" in ran.err
+    assert agents(path) == ["after", "before"]
+
+
+def test_a_link_to_the_database_stays_one(saved: Path, path: Path, tmp_path: Path) -> None:
+    link = tmp_path / "link.db"
+    link.symlink_to(path)
+    done = restore_backup(saved, link, overwrite=True)
+
+    assert link.is_symlink()
+    assert done.path == path
+    assert agents(path) == agents(link) == ["before"]
+
+
+def test_a_new_file_is_the_users_own_and_one_that_is_replaced_keeps_its_mode(
+    saved: Path, path: Path, tmp_path: Path
+) -> None:
+    new = restore_backup(saved, tmp_path / "deep" / "new.db").path
+    path.chmod(0o664)
+    restore_backup(saved, path, overwrite=True)
+
+    assert stat.S_IMODE(new.stat().st_mode) == 0o600
+    assert stat.S_IMODE(path.stat().st_mode) == 0o664
+
+
+def test_an_older_schema_is_restored_as_it_is(saved: Path, path: Path) -> None:
+    execute(saved, "UPDATE schema_info SET value = '2.0.0' WHERE key = 'version'")
+
+    assert restore_backup(saved, path, overwrite=True).schema_version == "2.0.0"
+    assert agents(path) == ["before"]
+
+
+def test_what_can_not_be_written_is_a_storage_error_and_leaves_nothing(saved: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(StorageError, match="can't be put there"):
+        restore_backup(saved, tmp_path / "file" / "swarm.db")
+
+    assert files(tmp_path) == ["file", "saved.db", "swarm.db"]
+
+
+def test_a_servers_database_is_not_restored_from_a_file(swarmdb: Command, saved: Path) -> None:
+    ran = swarmdb("restore", saved, "--db", "postgresql://user@nowhere/x")
+
+    assert (ran.status, ran.out) == (1, "")
+    assert "pg_restore" in ran.err
+
+
+@pytest.mark.parametrize("given", [5, "", "x\0y", None])
+def test_what_is_no_path_is_refused(given: object, saved: Path) -> None:
+    with pytest.raises(InvalidInputError, match="backup"):
+        restore_backup(given, saved)  # type: ignore[arg-type]
+    with pytest.raises(InvalidInputError, match="db_path"):
+        restore_backup(saved, given)  # type: ignore[arg-type]
