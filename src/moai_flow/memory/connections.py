@@ -52,8 +52,10 @@ class Held:
 
     def discard(self) -> None:
         """Close it for good, whatever state it is in; what it had not committed is rolled back."""
-        self.connection.invalidate()
-        self.connection.close()
+        self.raw.close()  # First: SQLAlchemy, interrupted, may leave it open.
+        with suppress(self.backend.error, SQLAlchemyError):  # It is closed, whatever else fails at that.
+            self.connection.invalidate()
+            self.connection.close()
 
 
 class Pinned:

@@ -8,7 +8,7 @@ from contextlib import contextmanager, suppress
 from datetime import datetime
 from typing import Any, Protocol, TypeVar, cast
 
-from sqlalchemy import FromClause, RootTransaction, inspect
+from sqlalchemy import FromClause, inspect
 from sqlalchemy.exc import DBAPIError, InvalidRequestError, PendingRollbackError, SQLAlchemyError
 from sqlmodel import Session
 
@@ -115,7 +115,6 @@ class Block:
         """Open the transaction or savepoint, and take the write lock unless the block only reads."""
         raw, backend = self.held.raw, self.held.backend
         if self.outer is None:
-            self.held.connection.begin()  # It sends nothing; it lets an ORM session join.
             backend.begin(raw, readonly=self.readonly, alone=self._alone, patient=self._patient)
         raw.execute("SAVEPOINT swarmdb")  # Nested ones may share a name: the innermost is meant.
         self._has_savepoint = True
@@ -138,10 +137,12 @@ class Block:
             raise TransactionError(_ENDED_INSIDE) from error
         if self.outer is not None:
             return
-        if self.readonly:
-            self._root().rollback()  # There is nothing to commit, and a damaged file would fail even that.
+        root, raw = self.held.connection.get_transaction(), self.held.raw
+        # Read only, there is nothing to commit, and a damaged file would fail even that.
+        if root is None:
+            raw.rollback() if self.readonly else raw.commit()
         else:
-            self._root().commit()
+            root.rollback() if self.readonly else root.commit()
 
     def undo(self) -> None:
         """Undo what the block did. What can't be undone here is when the connection is closed."""
@@ -153,9 +154,11 @@ class Block:
             if self.outer is not None and self._has_savepoint and self.held.in_transaction:
                 self.held.raw.execute("ROLLBACK TO SAVEPOINT swarmdb")
                 self.held.raw.execute("RELEASE SAVEPOINT swarmdb")
-            # An interrupt may have come before there was one.
-            if self.outer is None and (root := self.held.connection.get_transaction()) is not None:
-                root.rollback()
+            if self.outer is None:
+                # SQLAlchemy, interrupted at this, keeps itself alive in a cycle, and with it the connection and its lock.
+                self.held.raw.rollback()
+                if (root := self.held.connection.get_transaction()) is not None:
+                    root.rollback()
 
     def check_alive(self) -> None:
         """Raise `TransactionError` if the block's transaction is not open any more."""
@@ -168,11 +171,6 @@ class Block:
             for loaded in session.identity_map.values():
                 if inspect(loaded).mapper.local_table is table:
                     session.expire(loaded)
-
-    def _root(self) -> RootTransaction:
-        root = self.held.connection.get_transaction()
-        assert root is not None
-        return root
 
     def _restore_writes(self) -> None:
         if self.readonly and (self.outer is None or not self.outer.readonly):
@@ -245,6 +243,8 @@ class Scope:
             ClosedError: After `close`.
         """
         with self._block(readonly=readonly) as block:
+            if block.held.connection.get_transaction() is None:
+                block.held.connection.begin()  # It sends nothing; it lets the session join.
             session = Session(block.held.connection, join_transaction_mode="create_savepoint", expire_on_commit=False)
             block.sessions = (*block.sessions, session)
             try:
@@ -459,7 +459,8 @@ class Scope:
 
     def _settle(self, held: Held) -> None:
         """Give back the connection of a block that has ended, or close it if the end failed."""
-        if held.is_open and not held.in_transaction and not held.connection.in_transaction():
+        # One that SQLAlchemy was interrupted at beginning or ending is no longer active, and still in the way.
+        if held.is_open and not held.in_transaction and held.connection.get_transaction() is None:
             held.backend.take_back(held.raw, held.usual)
             self._connections.give(held)
         else:
