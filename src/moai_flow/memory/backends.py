@@ -73,6 +73,10 @@ class Backend(ABC):
         """Whether nothing is under way on the connection, nor is it lost."""
         return True
 
+    def close(self, raw: Any) -> None:
+        """Close the connection, whatever is under way on it; what it had not committed is rolled back."""
+        raw.close()
+
     @abstractmethod
     def inserted_key(self, cursor: Any) -> int:
         """Return the number that the row got which *cursor* has just inserted."""
@@ -157,6 +161,13 @@ class SQLite(Backend):
     def take_back(self, raw: Any, usual: Any) -> None:
         raw.isolation_level = None
         raw.row_factory = None
+
+    def close(self, raw: Any) -> None:
+        # As long as a statement is under way, which the traceback of an interrupt may hold, SQLite puts off closing,
+        # and keeps the lock.
+        with suppress(sqlite3.Error):
+            raw.rollback()
+        raw.close()
 
     def cursor(self, raw: Any) -> Any:
         cursor = raw.cursor()
@@ -346,3 +357,33 @@ def translated(error: Exception, where: str) -> SwarmDBError:
             "in it: let the error end the block, or put the statement into a block of its own"
         )
     return StorageError(message)
+
+
+@contextmanager
+def translating(where: str) -> Iterator[None]:
+    """Raise what a driver's error means in its place, and an interrupt in place of the error that it led to."""
+    outside = sys.exception()
+    try:
+        yield
+    except SwarmDBError:
+        raise
+    except Exception as error:
+        _raise_interrupt_before(error, outside)
+        if is_of_database(error):
+            raise translated(error, where) from error
+        raise
+
+
+def _raise_interrupt_before(error: Exception, outside: BaseException | None) -> None:
+    """Raise the interrupt, such as ctrl-C, that *error* came up while handling; not one from *outside*.
+
+    SQLAlchemy, interrupted in the middle of its own cleaning up, goes on with that, and may fail at it.
+    """
+    context = error.__context__
+    while isinstance(context, Exception) and context is not outside:
+        context = context.__context__
+    try:
+        if context is not None and context is not outside:
+            raise context from None
+    finally:
+        del context  # With its traceback it would keep this frame, and all that the frame holds, alive.

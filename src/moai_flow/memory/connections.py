@@ -52,7 +52,7 @@ class Held:
 
     def discard(self) -> None:
         """Close it for good, whatever state it is in; what it had not committed is rolled back."""
-        self.raw.close()  # First: SQLAlchemy, interrupted, may leave it open.
+        self.backend.close(self.raw)  # First: SQLAlchemy, interrupted, may leave it open.
         with suppress(self.backend.error, SQLAlchemyError):  # It is closed, whatever else fails at that.
             self.connection.invalidate()
             self.connection.close()

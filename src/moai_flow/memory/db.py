@@ -11,6 +11,7 @@ from sqlalchemy import Engine
 from sqlalchemy.engine import URL
 
 from moai_flow.memory import inputs
+from moai_flow.memory.backends import translating
 from moai_flow.memory.connections import Connections, Limit
 from moai_flow.memory.engine import PAGE_CACHE_MIB, Durability, Settings, create, locate, locate_engine, shown_place
 from moai_flow.memory.errors import InvalidInputError
@@ -19,7 +20,7 @@ from moai_flow.memory.operations.maintenance import MaintenanceOperations
 from moai_flow.memory.operations.memory import MemoryOperations
 from moai_flow.memory.operations.retention import RetentionOperations, RetentionPolicy
 from moai_flow.memory.operations.summaries import SummaryOperations
-from moai_flow.memory.scope import RawConnection, translating
+from moai_flow.memory.scope import RawConnection
 from moai_flow.memory.statements import Programs
 from moai_flow.memory.tracking import Tracking
 from moai_flow.memory.types import utc_now

@@ -9,7 +9,7 @@ from urllib.parse import unquote
 from uuid import uuid4
 
 from sqlalchemy import Engine, NullPool, SingletonThreadPool, StaticPool, create_engine, event, make_url
-from sqlalchemy.engine import URL
+from sqlalchemy.engine import URL, ExceptionContext
 from sqlalchemy.exc import ArgumentError
 
 from moai_flow.memory.errors import InvalidInputError, StorageError
@@ -237,6 +237,12 @@ def _for_file(location: Location, settings: Settings) -> Engine:
         raw.execute("PRAGMA foreign_keys = ON")
         raw.execute(synchronous)
         raw.execute(cache_size)
+
+    @event.listens_for(engine, "handle_error")
+    def keep_open(context: ExceptionContext) -> None:
+        # Interrupted, SQLAlchemy would close the connection with its statement under way: SQLite puts that off, and
+        # keeps the lock. Whose transaction it is rolls back.
+        context.is_disconnect = False
 
     return engine
 

@@ -2,7 +2,6 @@
 
 import asyncio
 import os
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import datetime
@@ -12,10 +11,10 @@ from sqlalchemy import FromClause, inspect
 from sqlalchemy.exc import DBAPIError, InvalidRequestError, PendingRollbackError, SQLAlchemyError
 from sqlmodel import Session
 
-from moai_flow.memory.backends import Backend, is_of_database, translated
+from moai_flow.memory.backends import Backend, translating
 from moai_flow.memory.connections import Connections, Held
 from moai_flow.memory.engine import Location
-from moai_flow.memory.errors import BusyError, StorageError, SwarmDBError, TransactionError
+from moai_flow.memory.errors import BusyError, StorageError, TransactionError
 from moai_flow.memory.models import Record, table_of
 from moai_flow.memory.statements import Bound, Insert, Program, Programs, Query, Row, RowDecoder, Statement
 
@@ -155,7 +154,7 @@ class Block:
                 self.held.raw.execute("ROLLBACK TO SAVEPOINT swarmdb")
                 self.held.raw.execute("RELEASE SAVEPOINT swarmdb")
             if self.outer is None:
-                # SQLAlchemy, interrupted at this, keeps itself alive in a cycle, and with it the connection and its lock.
+                # SQLAlchemy, interrupted at it, stays in a reference cycle, and keeps the connection and its lock.
                 self.held.raw.rollback()
                 if (root := self.held.connection.get_transaction()) is not None:
                     root.rollback()
@@ -415,8 +414,9 @@ class Scope:
             if outer.readonly and not readonly:
                 raise TransactionError(_READ_ONLY)
             self._prepare(outer)
-            for session in outer.sessions:
-                session.connection()  # Its savepoint must stand outside this block's, which would end it.
+            with translating(connections.where):
+                for session in outer.sessions:
+                    session.connection()  # Its savepoint must stand outside this block's, which would end it.
             with self._entered(Block(outer.held, outer.task, outer, readonly=readonly)) as block:
                 yield block
             return
@@ -459,45 +459,21 @@ class Scope:
 
     def _settle(self, held: Held) -> None:
         """Give back the connection of a block that has ended, or close it if the end failed."""
-        # One that SQLAlchemy was interrupted at beginning or ending is no longer active, and still in the way.
-        if held.is_open and not held.in_transaction and held.connection.get_transaction() is None:
-            held.backend.take_back(held.raw, held.usual)
+        try:
+            # A transaction that SQLAlchemy was interrupted at beginning or ending is not active, and still in the way.
+            is_whole = held.is_open and not held.in_transaction and held.connection.get_transaction() is None
+            if is_whole:
+                held.backend.take_back(held.raw, held.usual)
+        except BaseException:
+            self._connections.discard(held)
+            raise
+        if is_whole:
             self._connections.give(held)
         else:
             self._connections.discard(held)
 
 
 _READ_ONLY = "session(readonly=True) refuses writes; use session() or transaction()"
-
-
-@contextmanager
-def translating(where: str) -> Iterator[None]:
-    """Raise what a driver's error means in its place, and an interrupt in place of the error that it led to."""
-    outside = sys.exception()
-    try:
-        yield
-    except SwarmDBError:
-        raise
-    except Exception as error:
-        _raise_interrupt_before(error, outside)
-        if is_of_database(error):
-            raise translated(error, where) from error
-        raise
-
-
-def _raise_interrupt_before(error: Exception, outside: BaseException | None) -> None:
-    """Raise the interrupt, such as ctrl-C, that *error* came up while handling; not one from *outside*.
-
-    SQLAlchemy, interrupted in the middle of its own cleaning up, goes on with that, and may fail at it.
-    """
-    context = error.__context__
-    while isinstance(context, Exception) and context is not outside:
-        context = context.__context__
-    try:
-        if context is not None and context is not outside:
-            raise context from None
-    finally:
-        del context  # With its traceback it would keep this frame, and all that the frame holds, alive.
 
 
 def _refresh(session: Session) -> None:

@@ -18,7 +18,7 @@ from sqlalchemy.orm import class_mapper
 from sqlalchemy.sql.compiler import SQLCompiler
 from sqlalchemy.sql.expression import ClauseElement
 
-from moai_flow.memory.backends import backend_of, translated
+from moai_flow.memory.backends import backend_of, translated, translating
 from moai_flow.memory.errors import CorruptDataError, shown
 from moai_flow.memory.models import Record, columns
 from moai_flow.memory.types import Stored, is_postgresql, is_unicode
@@ -149,7 +149,9 @@ class Program:
             if self.rows is not None and self.backend.is_undecodable(error):
                 with self.backend.reading_leniently(raw):
                     rows = self.backend.cursor(raw).execute(self.sql, bound).fetchall()
-                raise self.rows.first_fault(rows) from error
+                if (fault := self.rows.find_fault(rows)) is not None:
+                    raise fault from error
+                return rows  # Somebody has mended or removed the row since.
             raise translated(error, self._where) from error
         return rows
 
@@ -168,7 +170,8 @@ class Program:
                     self.backend.reading_leniently(raw),
                     closing(self.backend.chunks(raw, self.sql, size, bound)) as again,
                 ):
-                    raise self.rows.first_fault(chain.from_iterable(again)) from error
+                    if (fault := self.rows.find_fault(chain.from_iterable(again))) is not None:
+                        raise fault from error
             raise translated(error, self._where) from error
 
     def execute(self, raw: Any, bound: Bound) -> Any:
@@ -193,11 +196,9 @@ class Program:
             SwarmDBError: What the driver's error means.
         """
         logger.debug("%s (many)", self.sql)
-        try:
+        with translating(self._where):  # Interrupted, psycopg may fail at leaving its pipeline.
             cursor = self.backend.cursor(raw)
             cursor.executemany(self.sql, bound)
-        except self.backend.error as error:
-            raise translated(error, self._where) from error
         return cursor
 
 
@@ -338,7 +339,13 @@ class RowDecoder(Generic[R]):
 
     def first_fault(self, rows: Iterable[Row]) -> CorruptDataError:
         """Return what is wrong with *rows*, of which at least one can't be decoded."""
-        return next(fault for row in rows for fault in self.faults(row))
+        fault = self.find_fault(rows)
+        assert fault is not None
+        return fault
+
+    def find_fault(self, rows: Iterable[Row]) -> CorruptDataError | None:
+        """Return the first thing that is wrong with *rows*, or None."""
+        return next((fault for row in rows for fault in self.faults(row)), None)
 
 
 def _maker(model: type[R], names: Sequence[str]) -> Callable[[Iterable[Any]], R]:

@@ -32,6 +32,7 @@ from moai_flow.memory import (
     SwarmDBError,
     inputs,
 )
+from moai_flow.memory.backends import translating
 from moai_flow.memory.cli import copying, exporting, figures, following, show
 from moai_flow.memory.cli import top as screen
 from moai_flow.memory.cli.demo import report, watch
@@ -41,7 +42,6 @@ from moai_flow.memory.engine import Location, Settings, create, locate
 from moai_flow.memory.enums import Vocabulary
 from moai_flow.memory.migrations import VERSION, found_version, server_ddl
 from moai_flow.memory.models import TABLES
-from moai_flow.memory.scope import translating
 from moai_flow.memory.transfer import BATCH_SIZE
 from moai_flow.memory.types import AsStored, decode_json, decode_time
 

@@ -27,6 +27,7 @@ from sqlalchemy import (
     type_coerce,
 )
 
+from moai_flow.memory.backends import translating
 from moai_flow.memory.connections import Held, copy_to
 from moai_flow.memory.engine import path_of_file
 from moai_flow.memory.errors import (
@@ -39,7 +40,7 @@ from moai_flow.memory.errors import (
 )
 from moai_flow.memory.migrations import time_columns, unnormalised
 from moai_flow.memory.models import TABLES, Record, SchemaInfo, SessionMemory, rowid_column, table_of
-from moai_flow.memory.scope import Scope, translating
+from moai_flow.memory.scope import Scope
 from moai_flow.memory.statements import RowDecoder, Statement
 from moai_flow.memory.types import EnumText, is_postgresql
 
@@ -304,7 +305,7 @@ def _noting_damage(integrity: list[str], place: str) -> Iterator[None]:
     try:
         yield
     except sqlite3.DatabaseError as error:
-        if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_CORRUPT:
+        if getattr(error, "sqlite_errorcode", 0) & 0xFF != sqlite3.SQLITE_CORRUPT:
             raise
         integrity.append(f"{place}: {error}")
 
