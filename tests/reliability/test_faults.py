@@ -6,19 +6,24 @@ MOAI_TEST_EXAMPLES is how thorough the long ones are: 100 by default; 10000 take
 import gc
 import inspect
 import os
+import random
 import sqlite3
 import subprocess
 import sys
+import tempfile
+import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager, suppress
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import pytest
+from sqlalchemy.exc import SQLAlchemyError
 
 from conftest import Clock, url_of
-from moai_flow.memory import SwarmDB, SwarmDBError
-from reliability.calls import CALLS, IN_STEPS, SILENT, content, prepare
+from moai_flow.memory import BusyError, StorageError, SwarmDB, SwarmDBError, files
+from reliability.calls import CALLS, EVENT, IN_STEPS, SILENT, content, prepare
 from reliability.injecting import Injector, injecting
 
 EXAMPLES = int(os.environ.get("MOAI_TEST_EXAMPLES", "100"))
@@ -244,7 +249,7 @@ def test_an_interrupt_anywhere_leaves_all_or_nothing(
         subject.renew()
     # What comes up in a destructor goes nowhere.
     monkeypatch.setattr(sys, "unraisablehook", lambda _: None)
-    tries = min(counter.events, EXAMPLES // 8)
+    tries = min(counter.events, EXAMPLES // (24 if subject.db._location.is_on_server else 12))
     with without_cycle_collector():
         for number in range(tries):
             at = 1 + (counter.events * number + list(CALLS).index(name)) // tries
@@ -331,3 +336,239 @@ def test_signals_in_quick_succession_leave_neither_lock_nor_connection_nor_half_
     assert int(ran.stdout) > 0
     with SwarmDB(path) as db:
         assert db.check().ok
+
+
+# The file
+
+
+def test_a_file_that_was_removed_while_open_takes_no_more_writes(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with SwarmDB(path) as db:
+        db.register_agent("a", "t")
+        for file in path.parent.glob("swarm.db*"):
+            file.unlink()
+        monkeypatch.setattr(files, "TRUSTED", 0)  # It looks once a second.
+        db._connections._file._trusted_until = 0  # type: ignore[union-attr]
+        for call in (lambda: db.register_agent("b", "t"), db.list_agents, db.transaction().__enter__):
+            with pytest.raises(StorageError, match="removed, renamed or replaced while it was open"):
+                call()
+        assert not path.exists()
+
+
+def test_a_file_that_was_replaced_while_open_is_noticed_and_left_alone(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = tmp_path / "other.db"
+    with SwarmDB(other) as db:
+        db.register_agent("other", "t")
+    with SwarmDB(path) as db:
+        db.register_agent("a", "t")
+        other.replace(path)
+        monkeypatch.setattr(files, "TRUSTED", 0)
+        db._connections._file._trusted_until = 0  # type: ignore[union-attr]
+        with pytest.raises(StorageError, match="replaced"):
+            db.register_agent("b", "t")
+    for leftover in ("-wal", "-shm"):
+        Path(f"{path}{leftover}").unlink(missing_ok=True)
+    with SwarmDB(path) as db:
+        assert [agent.agent_id for agent in db.list_agents()] == ["other"]
+
+
+def test_no_connection_is_opened_to_another_file_than_the_first(path: Path, tmp_path: Path) -> None:
+    """Another thread's connection is not trusted for a second: it is new, and would lead to the new file."""
+    with SwarmDB(path) as db, SwarmDB(tmp_path / "other.db") as other:
+        other.backup(path, overwrite=True)
+        errors: list[BaseException] = []
+
+        def call() -> None:
+            try:
+                db.list_agents()
+            except StorageError as error:
+                errors.append(error)
+
+        with db.transaction():
+            thread = threading.Thread(target=call)
+            thread.start()
+            thread.join()
+        assert "replaced" in str(errors)
+
+
+def test_a_file_that_is_seen_again_is_worked_on(path: Path) -> None:
+    with SwarmDB(path) as db:
+        db._connections._file._trusted_until = 0  # type: ignore[union-attr]
+        db.register_agent("a", "t")
+        assert db._connections._file._trusted_until > 0  # type: ignore[union-attr]
+
+
+AS_NOBODY = """
+import os, sys
+from moai_flow.memory import StorageError, SwarmDB
+from pathlib import Path
+path, what = Path(sys.argv[1]), sys.argv[2]
+if os.geteuid() == 0:
+    os.setuid(65534)
+db = SwarmDB(path)
+db.register_agent("a", "t")
+if what == "file":
+    os.chmod(path, 0)
+elif what == "folder":
+    os.chmod(path.parent, 0)
+else:
+    db.close()
+    before = path.read_bytes()
+    place = path if what == "read-only file" else path.parent
+    os.chmod(place, 0o444 if place is path else 0o555)
+    try:
+        db = SwarmDB(path)
+        db.register_agent("b", "t")
+    except StorageError as error:
+        print("refused:", error)
+    db.close()
+    os.chmod(place, 0o700)
+    assert path.read_bytes() == before
+    sys.exit()
+for name in "bcd":  # What is open stays so.
+    try:
+        db.register_agent(name, "t")
+        print("written", end=" ")
+    except StorageError as error:
+        print("refused:", error)
+db.close()
+os.chmod(path.parent, 0o700)
+os.chmod(path, 0o600)
+with SwarmDB(path) as db:
+    print(len(db.list_agents()), db.check().ok)
+"""
+
+
+@pytest.mark.parametrize(
+    ("what", "said"),
+    [
+        ("file", "written written written 4 True"),
+        ("folder", "written written written 4 True"),
+        ("read-only file", "refused"),
+        ("read-only folder", "refused"),
+    ],
+)
+def test_permissions_that_are_missing_or_are_lost(what: str, said: str) -> None:
+    """As another user than root, who may do everything."""
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:
+        place = Path(folder) / "place"
+        place.mkdir()
+        if os.geteuid() == 0:
+            Path(folder).chmod(0o755)
+            os.chown(place, 65534, 65534)
+        program = [sys.executable, "-c", AS_NOBODY, place / "swarm.db", what]
+        ran = subprocess.run(program, capture_output=True, text=True, check=False)
+    if "PermissionError" in ran.stderr and "site-packages" in ran.stderr:
+        pytest.skip("nobody may not read Python's packages here")
+    assert ran.returncode == 0, ran.stderr
+    assert said in ran.stdout
+
+
+def test_a_file_of_zero_bytes_becomes_a_database(path: Path) -> None:
+    path.touch()
+    with SwarmDB(path) as db:
+        db.register_agent("a", "t")
+        assert db.check().ok
+
+
+def test_a_file_that_is_locked_beyond_the_timeout_is_busy_and_then_usable(path: Path) -> None:
+    with SwarmDB(path, busy_timeout=0.01) as db, closing(sqlite3.connect(path, isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        for name, call in CALLS.items():
+            if name in ("insert_event", "insert_events", "register_agent", "transaction", "session", "cleanup"):
+                with pytest.raises(BusyError):
+                    call(db, path.parent)
+                assert_nothing_is_left(db, name)
+        assert db.list_agents() == []
+        other.execute("ROLLBACK")
+        db.register_agent("a", "t")
+
+
+@pytest.mark.parametrize("hours", [-24 * 400, -1, 1, 24 * 29])
+def test_a_clock_that_jumps_changes_no_order_of_writing_and_loses_nothing(
+    db: SwarmDB, clock: Clock, hours: float
+) -> None:
+    db.register_agent("a", "t")
+    db.store_memory("s", "semantic", "k", "first")
+    db.insert_event(EVENT, event_id="first")
+    first = db.store_task_metric("task", "a", 1, "success")
+    clock.advance(hours=hours)
+    db.store_memory("s", "semantic", "k", "second")
+    db.insert_event(EVENT, event_id="second")
+    second = db.store_task_metric("task", "a", 1, "success")
+    db.update_agent_status("a", "complete")
+
+    assert db.get_memory("s", "semantic", "k") == "second"
+    assert [event.event_id for event in islice(db.watch_events(0), 2)] == ["first", "second"]
+    assert (second > first) == (hours > 0)
+    assert [memory.value for memory in db.memory_history("s", "semantic", "k")] == ["second", "first"]
+    assert db.check().ok
+    if hours < 0:
+        assert len(db.get_events()) == 2
+        assert len(db.get_task_metrics()) == 2
+
+
+# Damage
+
+
+def read_everything(db: SwarmDB, folder: Path) -> None:
+    """Call everything; each answers, or raises an error of ours."""
+    for name, call in CALLS.items():
+        if name not in ("backup", "vacuum", "check quarantine"):
+            # What a session raises itself is SQLAlchemy's.
+            with suppress(SwarmDBError, *([SQLAlchemyError] if name.startswith("session") else [])):
+                call(db, folder)
+
+
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """A file with some hundred rows."""
+    path = tmp_path_factory.mktemp("sound") / "swarm.db"
+    with SwarmDB(path) as db:
+        prepare(db)
+        db.insert_events({**EVENT, "metadata": {"number": number}} for number in range(200))
+    return path.read_bytes()
+
+
+def damaged_bits(content: bytes, rng: random.Random) -> bytes:
+    changed = bytearray(content)
+    # Half of them in the first pages, where there is the schema.
+    end = len(changed) if rng.random() < 0.5 else 3 * 4096
+    for _ in range(rng.choice([1, 2, 20])):
+        changed[rng.randrange(end)] ^= 1 << rng.randrange(8)
+    return bytes(changed)
+
+
+def damaged_page(content: bytes, rng: random.Random) -> bytes:
+    page = rng.randrange(len(content) // 4096) * 4096
+    return content[:page] + rng.choice([bytes(4096), rng.randbytes(4096)]) + content[page + 4096 :]
+
+
+def truncated(content: bytes, rng: random.Random) -> bytes:
+    return content[: rng.randrange(len(content))]
+
+
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("damage", [damaged_bits, damaged_page, truncated])
+def test_a_damaged_file_is_read_or_refused(sound: bytes, tmp_path: Path, damage: Any) -> None:
+    rng = random.Random(1)
+    for number in range(EXAMPLES // 3):
+        path = tmp_path / f"{number}.db"
+        path.write_bytes(damage(sound, rng))
+        try:
+            with SwarmDB(path, busy_timeout=0.1) as db:
+                with suppress(SwarmDBError):
+                    assert isinstance(db.check().ok, bool)
+                read_everything(db, tmp_path)
+                with suppress(SwarmDBError):
+                    db.check(quarantine=True)
+                with suppress(SwarmDBError):
+                    db.backup(tmp_path / "copy.db", overwrite=True)
+                assert_nothing_is_left(db, f"example {number}")
+        except SwarmDBError:
+            pass
+        for file in tmp_path.glob(f"{number}.db*"):
+            file.unlink()
+    gc.collect()
+    assert open_files(tmp_path) == []

@@ -122,7 +122,8 @@ class SwarmDB(Tracking, MemoryOperations, SummaryOperations, RetentionOperations
             own = create(self._location, settings)
             limit = Limit(pool_size, busy_timeout) if self._location.is_on_server else None
             anchored = self._location.is_in_memory
-            self._connections = Connections(own, where, kept=_KEPT, anchored=anchored, limit=limit)
+            path = self._location.path
+            self._connections = Connections(own, where, kept=_KEPT, path=path, anchored=anchored, limit=limit)
         else:
             self._connections = Connections(engine, where, kept=_KEPT_OF_CALLER)
         # Runs at close(), when nobody uses the object any more, or when the interpreter ends, whichever comes first.

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -13,6 +14,7 @@ from sqlalchemy.engine import URL, ExceptionContext
 from sqlalchemy.exc import ArgumentError
 
 from moai_flow.memory.errors import InvalidInputError, StorageError
+from moai_flow.memory.files import make_file, make_folder
 from moai_flow.memory.patience import PORTION, patient_connections
 from moai_flow.memory.types import is_unicode
 
@@ -219,9 +221,13 @@ def create(location: Location, settings: Settings = _USUAL) -> Engine:
 def _for_file(location: Location, settings: Settings) -> Engine:
     if location.path is not None and "uri" not in location.url.query:
         try:
-            location.path.parent.mkdir(parents=True, exist_ok=True)
+            make_folder(location.path.parent)
         except OSError as error:
             raise StorageError(f"{location}: its folder can't be made: {error}") from error
+    if location.path is not None and location.url.query.get("mode", "rwc") == "rwc":
+        # By itself, SQLite lets everybody read what it makes. Its log and index get the permissions of the database.
+        with suppress(OSError, RuntimeError):  # It exists, or opening it will tell why it can't be made.
+            make_file(location.path.resolve())
     # Connections are kept by `connections`; they move between threads, one at a time.
     options: dict[str, Any] = {"timeout": settings.busy_timeout, "check_same_thread": False}
     if settings.may_go_on is not None:

@@ -38,6 +38,7 @@ from moai_flow.memory.errors import (
     SwarmDBError,
     TransactionError,
 )
+from moai_flow.memory.files import PRIVATE, make_folder, mode_of
 from moai_flow.memory.migrations import time_columns, unnormalised
 from moai_flow.memory.models import TABLES, Record, SchemaInfo, SessionMemory, rowid_column, table_of
 from moai_flow.memory.scope import Scope
@@ -191,8 +192,8 @@ class MaintenanceOperations(Scope):
     def backup(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
         """Copy the database, as it is at this moment, into a file, while others go on reading and writing.
 
-        The file appears when it is complete, never half-written. For a database on a server there are the server's own
-        tools, such as ``pg_dump``.
+        The file appears when it is complete, never half-written, and may be read by those who may read the database.
+        For a database on a server there are the server's own tools, such as ``pg_dump``.
 
         Args:
             path: The file to write. Its folder is made if it is missing.
@@ -221,8 +222,8 @@ class MaintenanceOperations(Scope):
             raise InvalidInputError("path", str(path), "a file that does not exist yet, or overwrite=True")
         held = self._connections.take()
         try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            copy_to(held.raw, target)
+            make_folder(target.parent)
+            copy_to(held.raw, target, PRIVATE if self._location.path is None else mode_of(self._location.path))
         except SwarmDBError:
             raise
         except (sqlite3.Error, OSError) as error:
