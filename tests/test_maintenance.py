@@ -1,5 +1,6 @@
 """Cleaning up, compacting, copying and checking."""
 
+import re
 import sqlite3
 import subprocess
 import sys
@@ -15,12 +16,15 @@ import pytest
 from conftest import Clock
 from moai_flow.memory import (
     BusyError,
+    CheckReport,
     CorruptDataError,
+    ForeignTime,
     InvalidInputError,
     SchemaError,
     StorageError,
     SwarmDB,
     TransactionError,
+    UnlistedValue,
 )
 from moai_flow.memory.operations.maintenance import has_wal_reset_bug
 
@@ -219,6 +223,35 @@ def test_a_sound_database_checks_ok(db: SwarmDB) -> None:
     assert report.sqlite_version == sqlite3.sqlite_version
     affected = has_wal_reset_bug(sqlite3.sqlite_version_info)
     assert report.has_wal_reset_bug == (affected and not db._location.is_on_server)
+
+
+ERROR = CorruptDataError("agent_events", "metadata", {"id": 1}, "holds '{'")
+SAME_ROW = CorruptDataError("agent_events", "timestamp", {"id": 1}, "holds 'soon'")
+OTHER_ROW = CorruptDataError("agent_registry", "status", {"agent_id": "a"}, "holds NULL")
+
+
+@pytest.mark.parametrize(
+    ("found", "said"),
+    [
+        ({"integrity": ("row 1 missing from index",)}, "The file is damaged.*last backup.*REINDEX"),
+        ({"undecodable": (ERROR, SAME_ROW)}, "^1 row can't be read.*swarmdb check --quarantine"),
+        ({"undecodable": (ERROR, SAME_ROW, OTHER_ROW)}, "^2 rows can't be read"),
+        ({"undecodable": (ERROR,), "quarantined": 3}, "^3 rows moved into tables whose names end in _quarantine"),
+        ({"unlisted": (UnlistedValue("agent_events", "event_type", "x", 5),)}, "^5 rows with words.*nothing to do"),
+        ({"foreign_times": (ForeignTime("agent_events", "timestamp", 1200),)}, "^1,200 rows with times"),
+        ({"has_wal_reset_bug": True}, r"^SQLite 3\.40\.1 has a rare bug.*3\.51\.3"),
+    ],
+)
+def test_each_kind_of_finding_comes_with_what_to_do(found: dict[str, Any], said: str) -> None:
+    clean: dict[str, Any] = {"sqlite_version": "3.40.1", "has_wal_reset_bug": False}
+    assert CheckReport(**clean).advice == ()
+    (advice,) = CheckReport(**{**clean, **found}).advice
+    assert re.search(said, advice)
+
+
+def test_the_worst_comes_first() -> None:
+    report = CheckReport("3.40.1", has_wal_reset_bug=True, integrity=("damage",), undecodable=(ERROR,))
+    assert [advice.split()[0] for advice in report.advice] == ["The", "1", "SQLite"]
 
 
 @pytest.mark.parametrize(

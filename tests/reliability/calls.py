@@ -21,12 +21,14 @@ HOUR = timedelta(hours=1)
 def prepare(db: SwarmDB) -> None:
     """Fill an empty store with a few rows of each kind, old ones among them."""
     for number in range(3):
-        db.insert_event({**EVENT, "timestamp": f"2020-01-0{number + 1}T00:00:00Z"}, event_id=f"old-{number}")
+        old: Any = {**EVENT, "timestamp": f"2020-01-0{number + 1}T00:00:00Z"}
+        db.insert_event(old, event_id=f"old-{number}")
         db.insert_event(EVENT, event_id=f"new-{number}")
         db.store_memory("s", "semantic", "k", number)
     for agent_id in ("a", "b"):
         db.register_agent(agent_id, "t", "running")
-    db.store_task_metrics([TASK, {**TASK, "timestamp": "2020-01-01T00:00:00Z"}])
+    old_task: Any = {**TASK, "timestamp": "2020-01-01T00:00:00Z"}
+    db.store_task_metrics([TASK, old_task])
     db.store_agent_metric("a", "duration", 1.0)
     db.store_swarm_metric("s", "health", 1.0)
 

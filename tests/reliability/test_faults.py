@@ -329,7 +329,7 @@ print(interrupted)
 
 def test_signals_in_quick_succession_leave_neither_lock_nor_connection_nor_half_a_block(path: Path) -> None:
     # In a process of its own: the signal that has a resolution fine enough is the one that pytest-timeout uses.
-    arguments = [sys.executable, "-c", INTERRUPTED, path, str(5 * EXAMPLES), "1"]
+    arguments = [sys.executable, "-c", INTERRUPTED, str(path), str(5 * EXAMPLES), "1"]
     ran = subprocess.run(arguments, capture_output=True, text=True, check=False)
 
     assert ran.returncode == 0, ran.stderr
@@ -457,7 +457,7 @@ def test_permissions_that_are_missing_or_are_lost(what: str, said: str) -> None:
         if os.geteuid() == 0:
             Path(folder).chmod(0o755)
             os.chown(place, 65534, 65534)
-        program = [sys.executable, "-c", AS_NOBODY, place / "swarm.db", what]
+        program = [sys.executable, "-c", AS_NOBODY, str(place / "swarm.db"), what]
         ran = subprocess.run(program, capture_output=True, text=True, check=False)
     if "PermissionError" in ran.stderr and "site-packages" in ran.stderr:
         pytest.skip("nobody may not read Python's packages here")
@@ -527,7 +527,8 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     path = tmp_path_factory.mktemp("sound") / "swarm.db"
     with SwarmDB(path) as db:
         prepare(db)
-        db.insert_events({**EVENT, "metadata": {"number": number}} for number in range(200))
+        rows: list[Any] = [{**EVENT, "metadata": {"number": number}} for number in range(200)]
+        db.insert_events(rows)
     return path.read_bytes()
 
 

@@ -22,9 +22,9 @@ class Backend(ABC):
     #: Whether a statement that failed leaves the transaction as it was before it.
     keeps_transactions: ClassVar[bool]
 
-    def __init__(self, error: type[Exception]) -> None:
-        """Take the root of the driver's errors."""
-        self.error = error
+    def __init__(self, *errors: type[Exception]) -> None:
+        """Take the roots of what the driver raises."""
+        self.error = errors
 
     @abstractmethod
     def is_open(self, raw: Any) -> bool:
@@ -109,7 +109,7 @@ class Backend(ABC):
             try:
                 yield
             except BaseException:
-                with suppress(self.error):  # The connection may be lost, as the error tells that is under way.
+                with suppress(*self.error):  # The connection may be lost, as the error tells that is under way.
                     raw.execute("ROLLBACK TO SAVEPOINT swarmdb_call")
                     raw.execute("RELEASE SAVEPOINT swarmdb_call")
                 raise
@@ -306,8 +306,8 @@ _READ_COMMITTED, _REPEATABLE_READ, _SERIALIZABLE = 2, 3, 4
 
 def backend_of(dialect: Dialect) -> Backend:
     """Return what drives connections of *dialect*."""
-    kind = PostgreSQL if is_postgresql(dialect) else SQLite
-    return kind(dialect.loaded_dbapi.Error)
+    error = dialect.loaded_dbapi.Error
+    return PostgreSQL(error) if is_postgresql(dialect) else SQLite(error, UnicodeDecodeError)
 
 
 # Errors
@@ -328,7 +328,7 @@ _ABORTED = "25P02"
 def is_of_database(error: Exception) -> bool:
     """Whether *error* comes from a driver or from SQLAlchemy."""
     psycopg = sys.modules.get("psycopg")  # Where it is not imported, no error can be its.
-    return isinstance(error, sqlite3.Error | SQLAlchemyError) or (
+    return isinstance(error, sqlite3.Error | SQLAlchemyError | UnicodeDecodeError) or (
         psycopg is not None and isinstance(error, psycopg.Error)
     )
 
@@ -339,6 +339,9 @@ def translated(error: Exception, where: str) -> SwarmDBError:
         return translated(error.orig, where)
     if isinstance(error, SwarmDBError):
         return error
+    if isinstance(error, UnicodeDecodeError):
+        # What sqlite3 raises where SQLite's message quotes the file, and that is not text.
+        return StorageError(f"{where}: the file is damaged: it holds {error.object[:80]!r} where SQL is expected")
     message = f"{where}: {error}"
     if isinstance(error, PoolTimeoutError):
         return BusyError(message)

@@ -54,7 +54,7 @@ class Held:
     def discard(self) -> None:
         """Close it for good, whatever state it is in; what it had not committed is rolled back."""
         self.backend.close(self.raw)  # First: SQLAlchemy, interrupted, may leave it open.
-        with suppress(self.backend.error, SQLAlchemyError):  # It is closed, whatever else fails at that.
+        with suppress(*self.backend.error, SQLAlchemyError):  # It is closed, whatever else fails at that.
             self.connection.invalidate()
             self.connection.close()
 
@@ -310,7 +310,7 @@ class Connections:
     def _connect(self) -> Held:
         try:
             held = Held(self._source.connect(), self._backend)
-        except SQLAlchemyError as error:
+        except (SQLAlchemyError, UnicodeDecodeError) as error:
             raise translated(error, self.where) from error
         self._open.add(held)
         if self._path is not None:

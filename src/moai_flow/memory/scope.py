@@ -147,7 +147,7 @@ class Block:
         """Undo what the block did. What can't be undone here is when the connection is closed."""
         if self.is_over:
             return
-        with suppress(self.held.backend.error, SQLAlchemyError):
+        with suppress(*self.held.backend.error, SQLAlchemyError):
             self._restore_writes()
             # Without a savepoint of its own it would undo the outer block.
             if self.outer is not None and self._has_savepoint and self.held.in_transaction:

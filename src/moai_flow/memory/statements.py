@@ -12,15 +12,16 @@ from copy import copy
 from itertools import chain
 from typing import Any, Generic, TypeVar, cast
 
-from sqlalchemy import Column, Dialect, Executable, Table, bindparam, insert
+from sqlalchemy import Column, Dialect, Executable, Table, bindparam, insert, select
 from sqlalchemy.dialects import sqlite
 from sqlalchemy.orm import class_mapper
+from sqlalchemy.sql import visitors
 from sqlalchemy.sql.compiler import SQLCompiler
 from sqlalchemy.sql.expression import ClauseElement
 
 from moai_flow.memory.backends import backend_of, translated, translating
-from moai_flow.memory.errors import CorruptDataError, shown
-from moai_flow.memory.models import Record, columns
+from moai_flow.memory.errors import CorruptDataError, SwarmDBError, shown
+from moai_flow.memory.models import TABLES, Record, columns, table_of
 from moai_flow.memory.types import Stored, is_postgresql, is_unicode
 
 logger = logging.getLogger("moai_flow.memory")
@@ -102,6 +103,8 @@ class Program:
         # SQLite's LIMIT comes with an OFFSET of its own, and constants in the clause are binds as well.
         self._constants = {name: bind.value for name, bind in compiled.binds.items() if not bind.required}
         self.rows = RowDecoder(statement.model, dialect) if isinstance(statement, Query) else None
+        self._clause = clause
+        self._dialect = dialect
 
     def bind(self, values: Mapping[str, Any]) -> Bound:
         """Return *values*, by name, as the driver wants them: encoded, in the statement's order.
@@ -152,8 +155,22 @@ class Program:
                 if (fault := self.rows.find_fault(rows)) is not None:
                     raise fault from error
                 return rows  # Somebody has mended or removed the row since.
+            if self.rows is None and self.backend.is_undecodable(error):
+                raise self._named(error, raw) from error
             raise translated(error, self._where) from error
         return rows
+
+    def _named(self, error: Exception, raw: Any) -> SwarmDBError:
+        """Return what names a row of the statement's tables that can't be decoded, if there is one."""
+        tables = set(visitors.iterate(self._clause))
+        for model in TABLES:
+            if table_of(model) in tables:
+                every_row = str(select(table_of(model)).compile(dialect=self._dialect))
+                with self.backend.reading_leniently(raw):
+                    rows = self.backend.cursor(raw).execute(every_row).fetchall()
+                if (fault := RowDecoder(model, self._dialect).find_fault(rows)) is not None:
+                    return fault
+        return translated(error, self._where)
 
     def chunks(self, raw: Any, bound: Bound, size: int) -> Generator[list[Row], None, None]:
         """Run on a driver's connection, in a transaction, and yield *size* rows at a time, holding no more.

@@ -659,7 +659,7 @@ def check(
     with _opened(db) as store:
         found = store.check(quarantine=quarantine)
     if as_json:
-        show.as_json({"ok": found.ok, **vars(found)})
+        show.as_json({"ok": found.ok, **vars(found), "advice": found.advice})
     else:
         _show_check(found)
     if not found.ok:
@@ -693,6 +693,7 @@ def _show_check(found: CheckReport) -> None:
         [*map(show.text, ("table", "column")), show.number("rows")],
         ((times.table, times.column, times.rows) for times in found.foreign_times),
     )
+    show.table("What to do", [show.text("advice")], ([advice] for advice in found.advice))
 
 
 def _decoded(value: str) -> Any:
