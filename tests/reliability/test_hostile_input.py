@@ -350,7 +350,7 @@ SQL_VALUES = st.one_of(
     st.none(),
     st.integers(-(2**63), 2**63 - 1),
     st.floats(),
-    st.binary(max_size=12),
+    st.binary(max_size=12) | st.sampled_from([b"\xff", b'{"a": "\xff"}']),
     st.sampled_from(
         ["", "soon", "2025-11-30", "2025-11-30T10:00:00", "{", "{}", "[1]", "null", '"\\ud800"', "NaN", "[" * 2000]
     ),
