@@ -277,6 +277,7 @@ def test_versions_of_sqlite_with_the_wal_reset_bug_are_known(version: tuple[int,
 BROKEN = {
     "agent_events.metadata": (EVENT + "('e', 'spawn', 'a', 't', ?, '{bad', ?)", (GOOD, GOOD)),
     "agent_events.metadata ": (EVENT + "('e', 'spawn', 'a', 't', ?, '[1]', ?)", (GOOD, GOOD)),
+    "agent_events.metadata  ": (EVENT + "('e', 'spawn', 'a', 't', ?, CAST(x'7bff7d' AS TEXT), ?)", (GOOD, GOOD)),
     "agent_events.timestamp": (EVENT + "('e', 'spawn', 'a', 't', 'soon', '{}', ?)", (GOOD,)),
     "agent_events.created_at": (EVENT + "('e', 'spawn', 'a', 't', ?, '{}', NULL)", (GOOD,)),
     "agent_events.agent_type": (EVENT + "('e', 'spawn', 'a', x'00ff', ?, '{}', ?)", (GOOD, GOOD)),
@@ -375,6 +376,12 @@ def test_a_status_is_written_though_another_value_of_the_row_is_bad(local_db: Sw
 
     with local_db.transaction() as conn:
         assert conn.execute("SELECT status FROM agent_registry").fetchone()["status"] == "complete"
+
+
+def test_a_row_that_a_cleanup_cannot_read_is_named(local_db: SwarmDB) -> None:
+    run(local_db, *[MEMORY + "(CAST(x'ff' AS TEXT), 'semantic', 'k', '1', ?, 5, ?)", GOOD, GOOD])
+    with pytest.raises(CorruptDataError, match=r"session_memory\.session_id of the row with id=1"):
+        local_db.cleanup(0)
 
 
 def test_quarantine_is_refused_in_a_read_only_session(db: SwarmDB) -> None:

@@ -550,6 +550,12 @@ def truncated(content: bytes, rng: random.Random) -> bytes:
     return content[: rng.randrange(len(content))]
 
 
+def test_a_file_that_sqlite_cannot_quote_is_named_as_damaged(sound: bytes, path: Path) -> None:
+    path.write_bytes(sound.replace(b"CREATE TABLE agent_metrics", b"CREATE T\xe9\xe9LE agent_metrics"))
+    with pytest.raises(StorageError, match="the file is damaged"):
+        SwarmDB(path)
+
+
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("damage", [damaged_bits, damaged_page, truncated])
 def test_a_damaged_file_is_read_or_refused(sound: bytes, tmp_path: Path, damage: Any) -> None:

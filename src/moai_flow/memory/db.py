@@ -60,7 +60,7 @@ class SwarmDB(Tracking, MemoryOperations, SummaryOperations, RetentionOperations
         retention: RetentionPolicy | None = None,
         clock: Callable[[], datetime] = utc_now,
     ) -> None:
-        """Open the database, and make it if it does not exist.
+        """Open the database, and make it if it does not exist: the file, and folders on the way, for their owner alone.
 
         A database of an older program is brought to this version first, and a copy of its file is left beside it as
         ``<file>.<old version>.bak``.
