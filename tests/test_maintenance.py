@@ -378,8 +378,9 @@ def test_a_status_is_written_though_another_value_of_the_row_is_bad(local_db: Sw
         assert conn.execute("SELECT status FROM agent_registry").fetchone()["status"] == "complete"
 
 
-def test_a_row_that_a_cleanup_cannot_read_is_named(local_db: SwarmDB) -> None:
+def test_a_row_that_a_cleanup_cannot_read_is_named(local_db: SwarmDB, clock: Clock) -> None:
     run(local_db, *[MEMORY + "(CAST(x'ff' AS TEXT), 'semantic', 'k', '1', ?, 5, ?)", GOOD, GOOD])
+    clock.advance(days=365)
     with pytest.raises(CorruptDataError, match=r"session_memory\.session_id of the row with id=1"):
         local_db.cleanup(0)
 
