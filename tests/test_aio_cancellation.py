@@ -19,7 +19,7 @@ from conftest import Clock
 from loops import at_work, cancelled, join_workers, open_descriptors, run, until, workers
 from moai_flow.memory import BusyError, EventData, SwarmDB, TaskResult
 from moai_flow.memory.aio import AsyncSwarmDB
-from moai_flow.memory.scope import translating
+from moai_flow.memory.backends import translating
 from moai_flow.memory.workers import statement_begins, statement_ends
 
 FOR_EVER = 3600.0

@@ -15,7 +15,7 @@ PREFIX = "moai_flow.memory."
 # From the bottom to the top: a module imports only what stands before it. Operations never import each other.
 LAYERS = [
     ["enums", "errors"],
-    ["patience", "types", "workers"],
+    ["files", "patience", "types", "workers"],
     ["aggregates", "inputs", "models"],
     ["backends", "engine"],
     ["statements"],

@@ -1,5 +1,6 @@
 """Cleaning up, compacting, copying and checking."""
 
+import re
 import sqlite3
 import subprocess
 import sys
@@ -15,12 +16,15 @@ import pytest
 from conftest import Clock
 from moai_flow.memory import (
     BusyError,
+    CheckReport,
     CorruptDataError,
+    ForeignTime,
     InvalidInputError,
     SchemaError,
     StorageError,
     SwarmDB,
     TransactionError,
+    UnlistedValue,
 )
 from moai_flow.memory.operations.maintenance import has_wal_reset_bug
 
@@ -221,6 +225,35 @@ def test_a_sound_database_checks_ok(db: SwarmDB) -> None:
     assert report.has_wal_reset_bug == (affected and not db._location.is_on_server)
 
 
+ERROR = CorruptDataError("agent_events", "metadata", {"id": 1}, "holds '{'")
+SAME_ROW = CorruptDataError("agent_events", "timestamp", {"id": 1}, "holds 'soon'")
+OTHER_ROW = CorruptDataError("agent_registry", "status", {"agent_id": "a"}, "holds NULL")
+
+
+@pytest.mark.parametrize(
+    ("found", "said"),
+    [
+        ({"integrity": ("row 1 missing from index",)}, "The file is damaged.*last backup.*REINDEX"),
+        ({"undecodable": (ERROR, SAME_ROW)}, "^1 row can't be read.*swarmdb check --quarantine"),
+        ({"undecodable": (ERROR, SAME_ROW, OTHER_ROW)}, "^2 rows can't be read"),
+        ({"undecodable": (ERROR,), "quarantined": 3}, "^3 rows moved into tables whose names end in _quarantine"),
+        ({"unlisted": (UnlistedValue("agent_events", "event_type", "x", 5),)}, "^5 rows with words.*nothing to do"),
+        ({"foreign_times": (ForeignTime("agent_events", "timestamp", 1200),)}, "^1,200 rows with times"),
+        ({"has_wal_reset_bug": True}, r"^SQLite 3\.40\.1 has a rare bug.*3\.51\.3"),
+    ],
+)
+def test_each_kind_of_finding_comes_with_what_to_do(found: dict[str, Any], said: str) -> None:
+    clean: dict[str, Any] = {"sqlite_version": "3.40.1", "has_wal_reset_bug": False}
+    assert CheckReport(**clean).advice == ()
+    (advice,) = CheckReport(**{**clean, **found}).advice
+    assert re.search(said, advice)
+
+
+def test_the_worst_comes_first() -> None:
+    report = CheckReport("3.40.1", has_wal_reset_bug=True, integrity=("damage",), undecodable=(ERROR,))
+    assert [advice.split()[0] for advice in report.advice] == ["The", "1", "SQLite"]
+
+
 @pytest.mark.parametrize(
     ("version", "affected"),
     [
@@ -244,6 +277,7 @@ def test_versions_of_sqlite_with_the_wal_reset_bug_are_known(version: tuple[int,
 BROKEN = {
     "agent_events.metadata": (EVENT + "('e', 'spawn', 'a', 't', ?, '{bad', ?)", (GOOD, GOOD)),
     "agent_events.metadata ": (EVENT + "('e', 'spawn', 'a', 't', ?, '[1]', ?)", (GOOD, GOOD)),
+    "agent_events.metadata  ": (EVENT + "('e', 'spawn', 'a', 't', ?, CAST(x'7bff7d' AS TEXT), ?)", (GOOD, GOOD)),
     "agent_events.timestamp": (EVENT + "('e', 'spawn', 'a', 't', 'soon', '{}', ?)", (GOOD,)),
     "agent_events.created_at": (EVENT + "('e', 'spawn', 'a', 't', ?, '{}', NULL)", (GOOD,)),
     "agent_events.agent_type": (EVENT + "('e', 'spawn', 'a', x'00ff', ?, '{}', ?)", (GOOD, GOOD)),
@@ -342,6 +376,13 @@ def test_a_status_is_written_though_another_value_of_the_row_is_bad(local_db: Sw
 
     with local_db.transaction() as conn:
         assert conn.execute("SELECT status FROM agent_registry").fetchone()["status"] == "complete"
+
+
+def test_a_row_that_a_cleanup_cannot_read_is_named(local_db: SwarmDB, clock: Clock) -> None:
+    run(local_db, *[MEMORY + "(CAST(x'ff' AS TEXT), 'semantic', 'k', '1', ?, 5, ?)", GOOD, GOOD])
+    clock.advance(days=365)
+    with pytest.raises(CorruptDataError, match=r"session_memory\.session_id of the row with id=1"):
+        local_db.cleanup(0)
 
 
 def test_quarantine_is_refused_in_a_read_only_session(db: SwarmDB) -> None:

@@ -29,7 +29,7 @@ from moai_flow.memory import (
     SwarmDB,
     TransactionError,
 )
-from moai_flow.memory.scope import translating
+from moai_flow.memory.backends import translating
 
 DRIVER_ERRORS = (sqlite3.Error, psycopg.Error)
 EVENT: EventData = {"event_type": "spawn", "agent_id": "a", "agent_type": "t"}

@@ -56,6 +56,7 @@ def report(db: SwarmDB) -> None:
     assert_type(found.foreign_times, tuple[ForeignTime, ...])
     assert_type(found.quarantined, int)
     assert_type(found.wal_bytes, int | None)
+    assert_type(found.advice, tuple[str, ...])
     for word in found.unlisted:
         assert_type((word.table, word.column, word.value, word.rows), tuple[str, str, str, int])
     for times in found.foreign_times:
@@ -76,3 +77,5 @@ def mistakes(db: SwarmDB) -> None:
     db.check(True)  # type: ignore[call-arg]  # noqa: FBT003
     db.schema_version = "3.0.0"  # type: ignore[misc]
     db.check().ok = True  # type: ignore[misc]
+    db.check().advice = ()  # type: ignore[misc]
+    db.check().advice.append("")  # type: ignore[attr-defined]

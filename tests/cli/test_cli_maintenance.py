@@ -158,7 +158,11 @@ def test_check_names_what_is_wrong_and_ends_with_1(swarmdb: Command, store: Path
     assert (ran.status, ran.err) == (1, "")
     for word in ("agent_events", "metadata", "spawn_time", "decision", "00ff"):
         assert word in ran.out
+    assert "What to do" in ran.out
+    assert "swarmdb check --quarantine" in " ".join(ran.out.split())
     assert max(map(len, ran.out.splitlines())) <= 80
+    advice = json.loads(swarmdb("check", "--db", store, "--json").out)["advice"]
+    assert advice[0].startswith("2 rows can't be read")
 
 
 def test_check_moves_what_is_wrong_aside_if_asked_to(swarmdb: Command, store: Path) -> None:

@@ -22,9 +22,9 @@ class Backend(ABC):
     #: Whether a statement that failed leaves the transaction as it was before it.
     keeps_transactions: ClassVar[bool]
 
-    def __init__(self, error: type[Exception]) -> None:
-        """Take the root of the driver's errors."""
-        self.error = error
+    def __init__(self, *errors: type[Exception]) -> None:
+        """Take the roots of what the driver raises."""
+        self.error = errors
 
     @abstractmethod
     def is_open(self, raw: Any) -> bool:
@@ -73,6 +73,10 @@ class Backend(ABC):
         """Whether nothing is under way on the connection, nor is it lost."""
         return True
 
+    def close(self, raw: Any) -> None:
+        """Close the connection, whatever is under way on it; what it had not committed is rolled back."""
+        raw.close()
+
     @abstractmethod
     def inserted_key(self, cursor: Any) -> int:
         """Return the number that the row got which *cursor* has just inserted."""
@@ -105,7 +109,7 @@ class Backend(ABC):
             try:
                 yield
             except BaseException:
-                with suppress(self.error):  # The connection may be lost, as the error tells that is under way.
+                with suppress(*self.error):  # The connection may be lost, as the error tells that is under way.
                     raw.execute("ROLLBACK TO SAVEPOINT swarmdb_call")
                     raw.execute("RELEASE SAVEPOINT swarmdb_call")
                 raise
@@ -164,6 +168,13 @@ class SQLite(Backend):
     def take_back(self, raw: Any, usual: Any) -> None:
         raw.isolation_level = None
         raw.row_factory = None
+
+    def close(self, raw: Any) -> None:
+        # As long as a statement is under way, which the traceback of an interrupt may hold, SQLite puts off closing,
+        # and keeps the lock.
+        with suppress(sqlite3.Error):
+            raw.rollback()
+        raw.close()
 
     def cursor(self, raw: Any) -> Any:
         cursor = raw.cursor()
@@ -302,8 +313,8 @@ _READ_COMMITTED, _REPEATABLE_READ, _SERIALIZABLE = 2, 3, 4
 
 def backend_of(dialect: Dialect) -> Backend:
     """Return what drives connections of *dialect*."""
-    kind = PostgreSQL if is_postgresql(dialect) else SQLite
-    return kind(dialect.loaded_dbapi.Error)
+    error = dialect.loaded_dbapi.Error
+    return PostgreSQL(error) if is_postgresql(dialect) else SQLite(error, UnicodeDecodeError)
 
 
 # Errors
@@ -324,7 +335,7 @@ _ABORTED = "25P02"
 def is_of_database(error: Exception) -> bool:
     """Whether *error* comes from a driver or from SQLAlchemy."""
     psycopg = sys.modules.get("psycopg")  # Where it is not imported, no error can be its.
-    return isinstance(error, sqlite3.Error | SQLAlchemyError) or (
+    return isinstance(error, sqlite3.Error | SQLAlchemyError | UnicodeDecodeError) or (
         psycopg is not None and isinstance(error, psycopg.Error)
     )
 
@@ -335,6 +346,9 @@ def translated(error: Exception, where: str) -> SwarmDBError:
         return translated(error.orig, where)
     if isinstance(error, SwarmDBError):
         return error
+    if isinstance(error, UnicodeDecodeError):
+        # What sqlite3 raises where SQLite's message quotes the file, and that is not text.
+        return StorageError(f"{where}: the file is damaged: it holds {error.object[:80]!r} where SQL is expected")
     message = f"{where}: {error}"
     if isinstance(error, PoolTimeoutError):
         return BusyError(message)
@@ -353,3 +367,33 @@ def translated(error: Exception, where: str) -> SwarmDBError:
             "in it: let the error end the block, or put the statement into a block of its own"
         )
     return StorageError(message)
+
+
+@contextmanager
+def translating(where: str) -> Iterator[None]:
+    """Raise what a driver's error means in its place, and an interrupt in place of the error that it led to."""
+    outside = sys.exception()
+    try:
+        yield
+    except SwarmDBError:
+        raise
+    except Exception as error:
+        _raise_interrupt_before(error, outside)
+        if is_of_database(error):
+            raise translated(error, where) from error
+        raise
+
+
+def _raise_interrupt_before(error: Exception, outside: BaseException | None) -> None:
+    """Raise the interrupt, such as ctrl-C, that *error* came up while handling; not one from *outside*.
+
+    SQLAlchemy, interrupted in the middle of its own cleaning up, goes on with that, and may fail at it.
+    """
+    context = error.__context__
+    while isinstance(context, Exception) and context is not outside:
+        context = context.__context__
+    try:
+        if context is not None and context is not outside:
+            raise context from None
+    finally:
+        del context  # With its traceback it would keep this frame, and all that the frame holds, alive.

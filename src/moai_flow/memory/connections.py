@@ -17,7 +17,8 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from moai_flow.memory.backends import Backend, SQLite, backend_of, translated
 from moai_flow.memory.engine import LOG_LIMIT_MIB, Location, log_bytes
-from moai_flow.memory.errors import BusyError, ClosedError
+from moai_flow.memory.errors import BusyError, ClosedError, StorageError
+from moai_flow.memory.files import OpenedFile, make_file
 from moai_flow.memory.patience import PatientConnection, interruption
 
 
@@ -55,8 +56,10 @@ class Held:
 
     def discard(self) -> None:
         """Close it for good, whatever state it is in; what it had not committed is rolled back."""
-        self.connection.invalidate()
-        self.connection.close()
+        self.backend.close(self.raw)  # First: SQLAlchemy, interrupted, may leave it open.
+        with suppress(*self.backend.error, SQLAlchemyError):  # It is closed, whatever else fails at that.
+            self.connection.invalidate()
+            self.connection.close()
 
 
 class Pinned:
@@ -159,6 +162,7 @@ class Connections:
         where: str,
         *,
         kept: int,
+        path: Path | None = None,
         anchored: bool = False,
         limit: "Limit | None" = None,
         log_of: Location | None = None,
@@ -169,6 +173,7 @@ class Connections:
             engine: Where connections come from.
             where: What errors call the database.
             kept: How many idle connections stay open, though more may be in use at once.
+            path: The database's file, which is watched: once another is there, no call uses the connections to it.
             anchored: Whether one more stays open throughout, since the database is in memory and would vanish.
             limit: How many may be open at once, for a database on a server; None for any number.
             log_of: The file whose log is kept from growing; None if it has none, or its owner sees to it.
@@ -190,6 +195,8 @@ class Connections:
         self._uses = 0
         self._may_cut_from = 0.0
         self._cut_again_after = _CUT_AGAIN_AFTER
+        self._path = path
+        self._file: OpenedFile | None = None
         self._idle: list[Held] = []
         self._open: weakref.WeakSet[Held] = weakref.WeakSet()
         self._anchor = self._connect() if anchored else None
@@ -206,12 +213,14 @@ class Connections:
         Raises:
             BusyError: If others use as many as the limit allows, for longer than it says.
             ClosedError: After `close`.
-            StorageError: If the database can't be opened.
+            StorageError: If the database can't be opened, or its file is not the one any more that was opened.
         """
         if self.closed:
             self.check_open()
         if self._permits is not None:
             return self._take_permitted(self._permits)
+        if self._file is not None:
+            self._file.check()
         try:
             return self._idle.pop()
         except IndexError:
@@ -355,10 +364,23 @@ class Connections:
     def _connect(self) -> Held:
         try:
             held = Held(self._source.connect(), self._backend)
-        except SQLAlchemyError as error:
+        except (SQLAlchemyError, UnicodeDecodeError) as error:
             raise translated(error, self.where) from error
         self._open.add(held)
+        if self._path is not None:
+            try:
+                self._know(self._path)
+            except StorageError:
+                held.discard()
+                raise
         return held
+
+    def _know(self, path: Path) -> None:
+        """Have all connections lead to one file: the one that the first of them opened."""
+        if self._file is None:
+            self._file = OpenedFile(path)
+        else:
+            self._file.check(now=True)
 
     def _drain(self) -> None:
         # Not by a loop over the list: another thread may take from it, or add to it, meanwhile.
@@ -370,8 +392,8 @@ class Connections:
             held.close()
 
 
-def copy_to(raw: sqlite3.Connection, target: Path) -> None:
-    """Copy the database behind *raw* into a file, which appears when it is complete.
+def copy_to(raw: sqlite3.Connection, target: Path, mode: int) -> None:
+    """Copy the database behind *raw* into a file of this *mode*, which appears when it is complete.
 
     Raises:
         sqlite3.Error: If the database can't be read, or the copy can't be written.
@@ -391,6 +413,7 @@ def copy_to(raw: sqlite3.Connection, target: Path) -> None:
             raise BusyError(f"{target}: a writer kept the database from being copied for longer than the busy timeout")
 
     try:
+        make_file(unfinished, mode)
         with closing(sqlite3.connect(unfinished)) as copy:
             raw.backup(copy, progress=give_up)
         for leftover in ("-wal", "-shm", "-journal"):  # Another database's: SQLite would play them into this one.

@@ -11,6 +11,7 @@ from sqlalchemy import Engine
 from sqlalchemy.engine import URL
 
 from moai_flow.memory import inputs
+from moai_flow.memory.backends import translating
 from moai_flow.memory.connections import Connections, Limit
 from moai_flow.memory.engine import PAGE_CACHE_MIB, Durability, Settings, create, locate, locate_engine, shown_place
 from moai_flow.memory.errors import InvalidInputError
@@ -19,7 +20,7 @@ from moai_flow.memory.operations.maintenance import MaintenanceOperations
 from moai_flow.memory.operations.memory import MemoryOperations
 from moai_flow.memory.operations.retention import RetentionOperations, RetentionPolicy
 from moai_flow.memory.operations.summaries import SummaryOperations
-from moai_flow.memory.scope import RawConnection, translating
+from moai_flow.memory.scope import RawConnection
 from moai_flow.memory.statements import Programs
 from moai_flow.memory.tracking import Tracking
 from moai_flow.memory.types import utc_now
@@ -59,7 +60,7 @@ class SwarmDB(Tracking, MemoryOperations, SummaryOperations, RetentionOperations
         retention: RetentionPolicy | None = None,
         clock: Callable[[], datetime] = utc_now,
     ) -> None:
-        """Open the database, and make it if it does not exist.
+        """Open the database, and make it if it does not exist: the file, and folders on the way, for their owner alone.
 
         A database of an older program is brought to this version first, and a copy of its file is left beside it as
         ``<file>.<old version>.bak``.
@@ -121,8 +122,11 @@ class SwarmDB(Tracking, MemoryOperations, SummaryOperations, RetentionOperations
             own = create(self._location, settings)
             limit = Limit(pool_size, busy_timeout) if self._location.is_on_server else None
             anchored = self._location.is_in_memory
-            log_of = None if self._location.path is None else self._location
-            self._connections = Connections(own, where, kept=_KEPT, anchored=anchored, limit=limit, log_of=log_of)
+            path = self._location.path
+            log_of = None if path is None else self._location
+            self._connections = Connections(
+                own, where, kept=_KEPT, path=path, anchored=anchored, limit=limit, log_of=log_of
+            )
         else:
             self._connections = Connections(engine, where, kept=_KEPT_OF_CALLER)
         # Runs at close(), when nobody uses the object any more, or when the interpreter ends, whichever comes first.

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -9,10 +10,11 @@ from urllib.parse import unquote
 from uuid import uuid4
 
 from sqlalchemy import Engine, NullPool, SingletonThreadPool, StaticPool, create_engine, event, make_url
-from sqlalchemy.engine import URL
+from sqlalchemy.engine import URL, ExceptionContext
 from sqlalchemy.exc import ArgumentError
 
 from moai_flow.memory.errors import InvalidInputError, StorageError
+from moai_flow.memory.files import make_file, make_folder
 from moai_flow.memory.patience import PORTION, Interrupts, patient_connections, patient_cursors
 from moai_flow.memory.types import is_unicode
 
@@ -239,9 +241,13 @@ def create(location: Location, settings: Settings = _USUAL) -> Engine:
 def _for_file(location: Location, settings: Settings) -> Engine:
     if location.path is not None and "uri" not in location.url.query:
         try:
-            location.path.parent.mkdir(parents=True, exist_ok=True)
+            make_folder(location.path.parent)
         except OSError as error:
             raise StorageError(f"{location}: its folder can't be made: {error}") from error
+    if location.path is not None and location.url.query.get("mode", "rwc") == "rwc":
+        # By itself, SQLite lets everybody read what it makes. Its log and index get the permissions of the database.
+        with suppress(OSError, RuntimeError):  # It exists, or opening it will tell why it can't be made.
+            make_file(location.path.resolve())
     # Connections are kept by `connections`; they move between threads, one at a time.
     options: dict[str, Any] = {"timeout": settings.busy_timeout, "check_same_thread": False}
     if settings.interrupts is not None:
@@ -260,6 +266,12 @@ def _for_file(location: Location, settings: Settings) -> Engine:
         raw.execute(cache_size)
         if not location.is_in_memory:
             raw.execute(log_limit)
+
+    @event.listens_for(engine, "handle_error")
+    def keep_open(context: ExceptionContext) -> None:
+        # Interrupted, SQLAlchemy would close the connection with its statement under way: SQLite puts that off, and
+        # keeps the lock. Whose transaction it is rolls back.
+        context.is_disconnect = False
 
     return engine
 

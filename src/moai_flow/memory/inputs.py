@@ -246,6 +246,17 @@ def whole_or_none(value: int | None, *, field: str, least: int = 0) -> int | Non
     return None if value is None else whole(value, field=field, least=least)
 
 
+def flag(value: bool, *, field: str) -> bool:  # noqa: FBT001 (it is the value that is checked)
+    """Return *value* if it is True or False.
+
+    Raises:
+        InvalidInputError: If it isn't.
+    """
+    if not isinstance(value, bool):
+        raise InvalidInputError(field, value, "True or False")
+    return value
+
+
 def number(value: float, *, field: str) -> float:
     """Return *value* as a finite float.
 

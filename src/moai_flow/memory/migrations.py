@@ -37,6 +37,7 @@ from moai_flow.memory.backends import SQLite, translated
 from moai_flow.memory.connections import Connections, Held, copy_to
 from moai_flow.memory.engine import Location, create
 from moai_flow.memory.errors import BusyError, ConflictError, InvalidInputError, SchemaError, StorageError
+from moai_flow.memory.files import mode_of
 from moai_flow.memory.models import (
     TABLES,
     AgentEvent,
@@ -342,7 +343,7 @@ def _copy_aside(path: Path, version: str) -> None:
     try:
         # Through a connection of its own: it reads what is committed, whatever journal the file uses.
         with closing(sqlite3.connect(path)) as source:
-            copy_to(source, target)
+            copy_to(source, target, mode_of(path))
     except (sqlite3.Error, OSError) as error:
         raise StorageError(f"{path}: the copy to {target} that comes before the migration failed: {error}") from error
 

@@ -7,7 +7,6 @@ has just opened the old one might take the new one's log for its own, and write 
 import os
 import shutil
 import sqlite3
-import stat
 import time
 from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from moai_flow.memory.backends import translated
 from moai_flow.memory.connections import copy_to, is_open_here
 from moai_flow.memory.engine import Location, locate, path_of_file
 from moai_flow.memory.errors import BusyError, InvalidInputError, SchemaError, StorageError, SwarmDBError
+from moai_flow.memory.files import make_file, mode_of
 from moai_flow.memory.migrations import check_openable
 
 _LOG, _INDEX, _JOURNAL = "-wal", "-shm", "-journal"
@@ -127,7 +127,7 @@ def _copy(source: Path, unfinished: Path, patience: float) -> str | None:
         BusyError: If it stays locked.
         StorageError: If it is damaged.
     """
-    os.close(os.open(unfinished, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
+    make_file(unfinished)
     try:
         with (
             closing(_reading(source, patience)) as original,
@@ -196,7 +196,7 @@ def _put_in_place(copy: sqlite3.Connection, target: Path, *, keep: bool, patienc
                 raise
     kept = _move_aside(target, keep=keep)
     with suppress(FileExistsError):
-        os.close(os.open(target, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
+        make_file(target)
     return _replace(copy, target, keep=keep, patience=patience) or kept
 
 
@@ -216,8 +216,7 @@ def _replace(copy: sqlite3.Connection, target: Path, *, keep: bool, patience: fl
         _lock(raw, target, patience)
         if keep and raw.execute("SELECT count(*) FROM sqlite_master").fetchone() != (0,):
             kept = _name_aside(target)
-            copy_to(raw, kept)
-            kept.chmod(stat.S_IMODE(target.stat().st_mode))
+            copy_to(raw, kept, mode_of(target))
             _flush_folder(target.parent)
         copy.backup(raw)
     return kept
@@ -271,7 +270,7 @@ def _move_aside(target: Path, *, keep: bool) -> Path | None:
         _locked_by_bytes(_beside(target, _INDEX), _INDEX_BYTES, target, opened)
         if keep and file is not None and not _is_empty(target):
             with aside.open("xb") as kept:
-                aside.chmod(stat.S_IMODE(target.stat().st_mode))
+                aside.chmod(mode_of(target))
                 shutil.copyfileobj(file, kept)
                 kept.flush()
                 os.fsync(kept.fileno())

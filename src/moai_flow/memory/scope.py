@@ -2,20 +2,19 @@
 
 import asyncio
 import os
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import datetime
 from typing import Any, Protocol, TypeVar, cast
 
-from sqlalchemy import FromClause, RootTransaction, inspect
+from sqlalchemy import FromClause, inspect
 from sqlalchemy.exc import DBAPIError, InvalidRequestError, PendingRollbackError, SQLAlchemyError
 from sqlmodel import Session
 
-from moai_flow.memory.backends import Backend, is_of_database, translated
+from moai_flow.memory.backends import Backend, translating
 from moai_flow.memory.connections import Connections, Held
 from moai_flow.memory.engine import Location
-from moai_flow.memory.errors import BusyError, StorageError, SwarmDBError, TransactionError
+from moai_flow.memory.errors import BusyError, StorageError, TransactionError
 from moai_flow.memory.models import Record, table_of
 from moai_flow.memory.statements import Bound, Insert, Program, Programs, Query, Row, RowDecoder, Statement
 
@@ -119,7 +118,6 @@ class Block:
         """Open the transaction or savepoint, and take the write lock unless the block only reads."""
         raw, backend = self.held.raw, self.held.backend
         if self.outer is None:
-            self.held.connection.begin()  # It sends nothing; it lets an ORM session join.
             backend.begin(raw, readonly=self.readonly, alone=self._alone, patient=self._patient)
         raw.execute("SAVEPOINT swarmdb")  # Nested ones may share a name: the innermost is meant.
         self._has_savepoint = True
@@ -143,24 +141,28 @@ class Block:
         if self.outer is not None:
             self.outer.added += self.added
             return
-        if self.readonly:
-            self._root().rollback()  # There is nothing to commit, and a damaged file would fail even that.
+        root, raw = self.held.connection.get_transaction(), self.held.raw
+        # Read only, there is nothing to commit, and a damaged file would fail even that.
+        if root is None:
+            raw.rollback() if self.readonly else raw.commit()
         else:
-            self._root().commit()
+            root.rollback() if self.readonly else root.commit()
 
     def undo(self) -> None:
         """Undo what the block did. What can't be undone here is when the connection is closed."""
         if self.is_over:
             return
-        with suppress(self.held.backend.error, SQLAlchemyError):
+        with suppress(*self.held.backend.error, SQLAlchemyError):
             self._restore_writes()
             # Without a savepoint of its own it would undo the outer block.
             if self.outer is not None and self._has_savepoint and self.held.in_transaction:
                 self.held.raw.execute("ROLLBACK TO SAVEPOINT swarmdb")
                 self.held.raw.execute("RELEASE SAVEPOINT swarmdb")
-            # An interrupt may have come before there was one.
-            if self.outer is None and (root := self.held.connection.get_transaction()) is not None:
-                root.rollback()
+            if self.outer is None:
+                # SQLAlchemy, interrupted at it, stays in a reference cycle, and keeps the connection and its lock.
+                self.held.raw.rollback()
+                if (root := self.held.connection.get_transaction()) is not None:
+                    root.rollback()
 
     def check_alive(self) -> None:
         """Raise `TransactionError` if the block's transaction is not open any more."""
@@ -173,11 +175,6 @@ class Block:
             for loaded in session.identity_map.values():
                 if inspect(loaded).mapper.local_table is table:
                     session.expire(loaded)
-
-    def _root(self) -> RootTransaction:
-        root = self.held.connection.get_transaction()
-        assert root is not None
-        return root
 
     def _restore_writes(self) -> None:
         if self.readonly and (self.outer is None or not self.outer.readonly):
@@ -251,6 +248,8 @@ class Scope:
             ClosedError: After `close`.
         """
         with self._block(readonly=readonly) as block:
+            if block.held.connection.get_transaction() is None:
+                block.held.connection.begin()  # It sends nothing; it lets the session join.
             session = Session(block.held.connection, join_transaction_mode="create_savepoint", expire_on_commit=False)
             block.sessions = (*block.sessions, session)
             try:
@@ -428,8 +427,9 @@ class Scope:
             if outer.readonly and not readonly:
                 raise TransactionError(_READ_ONLY)
             self._prepare(outer)
-            for session in outer.sessions:
-                session.connection()  # Its savepoint must stand outside this block's, which would end it.
+            with translating(connections.where):
+                for session in outer.sessions:
+                    session.connection()  # Its savepoint must stand outside this block's, which would end it.
             with self._entered(Block(outer.held, outer.task, outer, readonly=readonly)) as block:
                 yield block
             return
@@ -476,44 +476,21 @@ class Scope:
 
     def _settle(self, held: Held) -> None:
         """Give back the connection of a block that has ended, or close it if the end failed."""
-        if held.is_open and not held.in_transaction and not held.connection.in_transaction():
-            held.backend.take_back(held.raw, held.usual)
+        try:
+            # A transaction that SQLAlchemy was interrupted at beginning or ending is not active, and still in the way.
+            is_whole = held.is_open and not held.in_transaction and held.connection.get_transaction() is None
+            if is_whole:
+                held.backend.take_back(held.raw, held.usual)
+        except BaseException:
+            self._connections.discard(held)
+            raise
+        if is_whole:
             self._connections.give(held)
         else:
             self._connections.discard(held)
 
 
 _READ_ONLY = "session(readonly=True) refuses writes; use session() or transaction()"
-
-
-@contextmanager
-def translating(where: str) -> Iterator[None]:
-    """Raise what a driver's error means in its place, and an interrupt in place of the error that it led to."""
-    outside = sys.exception()
-    try:
-        yield
-    except SwarmDBError:
-        raise
-    except Exception as error:
-        _raise_interrupt_before(error, outside)
-        if is_of_database(error):
-            raise translated(error, where) from error
-        raise
-
-
-def _raise_interrupt_before(error: Exception, outside: BaseException | None) -> None:
-    """Raise the interrupt, such as ctrl-C, that *error* came up while handling; not one from *outside*.
-
-    SQLAlchemy, interrupted in the middle of its own cleaning up, goes on with that, and may fail at it.
-    """
-    context = error.__context__
-    while isinstance(context, Exception) and context is not outside:
-        context = context.__context__
-    try:
-        if context is not None and context is not outside:
-            raise context from None
-    finally:
-        del context  # With its traceback it would keep this frame, and all that the frame holds, alive.
 
 
 def _refresh(session: Session) -> None:

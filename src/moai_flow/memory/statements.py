@@ -12,15 +12,16 @@ from copy import copy
 from itertools import chain
 from typing import Any, Generic, TypeVar, cast
 
-from sqlalchemy import Column, Dialect, Executable, Table, bindparam, insert
+from sqlalchemy import Column, Dialect, Executable, Table, bindparam, insert, select
 from sqlalchemy.dialects import sqlite
 from sqlalchemy.orm import class_mapper
+from sqlalchemy.sql import visitors
 from sqlalchemy.sql.compiler import SQLCompiler
 from sqlalchemy.sql.expression import ClauseElement
 
-from moai_flow.memory.backends import backend_of, translated
-from moai_flow.memory.errors import CorruptDataError, shown
-from moai_flow.memory.models import Record, columns
+from moai_flow.memory.backends import backend_of, translated, translating
+from moai_flow.memory.errors import CorruptDataError, SwarmDBError, shown
+from moai_flow.memory.models import TABLES, Record, columns, table_of
 from moai_flow.memory.types import Stored, is_postgresql, is_unicode
 
 logger = logging.getLogger("moai_flow.memory")
@@ -102,6 +103,8 @@ class Program:
         # SQLite's LIMIT comes with an OFFSET of its own, and constants in the clause are binds as well.
         self._constants = {name: bind.value for name, bind in compiled.binds.items() if not bind.required}
         self.rows = RowDecoder(statement.model, dialect) if isinstance(statement, Query) else None
+        self._clause = clause
+        self._dialect = dialect
 
     def bind(self, values: Mapping[str, Any]) -> Bound:
         """Return *values*, by name, as the driver wants them: encoded, in the statement's order.
@@ -149,9 +152,25 @@ class Program:
             if self.rows is not None and self.backend.is_undecodable(error):
                 with self.backend.reading_leniently(raw):
                     rows = self.backend.cursor(raw).execute(self.sql, bound).fetchall()
-                raise self.rows.first_fault(rows) from error
+                if (fault := self.rows.find_fault(rows)) is not None:
+                    raise fault from error
+                return rows  # Somebody has mended or removed the row since.
+            if self.rows is None and self.backend.is_undecodable(error):
+                raise self._named(error, raw) from error
             raise translated(error, self._where) from error
         return rows
+
+    def _named(self, error: Exception, raw: Any) -> SwarmDBError:
+        """Return what names a row of the statement's tables that can't be decoded, if there is one."""
+        tables = set(visitors.iterate(self._clause))
+        for model in TABLES:
+            if table_of(model) in tables:
+                every_row = str(select(table_of(model)).compile(dialect=self._dialect))
+                with self.backend.reading_leniently(raw):
+                    rows = self.backend.cursor(raw).execute(every_row).fetchall()
+                if (fault := RowDecoder(model, self._dialect).find_fault(rows)) is not None:
+                    return fault
+        return translated(error, self._where)
 
     def chunks(self, raw: Any, bound: Bound, size: int) -> Generator[list[Row], None, None]:
         """Run on a driver's connection, in a transaction, and yield *size* rows at a time, holding no more.
@@ -168,7 +187,8 @@ class Program:
                     self.backend.reading_leniently(raw),
                     closing(self.backend.chunks(raw, self.sql, size, bound)) as again,
                 ):
-                    raise self.rows.first_fault(chain.from_iterable(again)) from error
+                    if (fault := self.rows.find_fault(chain.from_iterable(again))) is not None:
+                        raise fault from error
             raise translated(error, self._where) from error
 
     def execute(self, raw: Any, bound: Bound) -> Any:
@@ -193,11 +213,9 @@ class Program:
             SwarmDBError: What the driver's error means.
         """
         logger.debug("%s (many)", self.sql)
-        try:
+        with translating(self._where):  # Interrupted, psycopg may fail at leaving its pipeline.
             cursor = self.backend.cursor(raw)
             cursor.executemany(self.sql, bound)
-        except self.backend.error as error:
-            raise translated(error, self._where) from error
         return cursor
 
 
@@ -338,7 +356,13 @@ class RowDecoder(Generic[R]):
 
     def first_fault(self, rows: Iterable[Row]) -> CorruptDataError:
         """Return what is wrong with *rows*, of which at least one can't be decoded."""
-        return next(fault for row in rows for fault in self.faults(row))
+        fault = self.find_fault(rows)
+        assert fault is not None
+        return fault
+
+    def find_fault(self, rows: Iterable[Row]) -> CorruptDataError | None:
+        """Return the first thing that is wrong with *rows*, or None."""
+        return next((fault for row in rows for fault in self.faults(row)), None)
 
 
 def _maker(model: type[R], names: Sequence[str]) -> Callable[[Iterable[Any]], R]:

@@ -11,12 +11,12 @@ from pydantic_core import to_json
 from sqlalchemy import Dialect, bindparam, func, select, text, tuple_
 
 from moai_flow.memory import inputs
+from moai_flow.memory.backends import translating
 from moai_flow.memory.db import SwarmDB
 from moai_flow.memory.errors import ConflictError, InvalidInputError, StorageError, SwarmDBError
 from moai_flow.memory.models import TABLES, Record, SchemaInfo, columns, table_of
 from moai_flow.memory.operations.retention import MARK
 from moai_flow.memory.reading import StoredTable, count, key_of
-from moai_flow.memory.scope import translating
 from moai_flow.memory.statements import Query, Row, Statement, insert_for
 from moai_flow.memory.types import ISOText, Real, UTCDateTime, is_postgresql
 

@@ -90,6 +90,8 @@ def decode_json(text: str) -> Any:
     """
     try:
         return from_json(text)
+    except TypeError:
+        raise ValueError("not UTF-8") from None  # It was read leniently.
     except ValueError:
         # Python's own encoder, which older programs used, writes lone surrogates and deeper nesting.
         try:
@@ -288,7 +290,7 @@ def decode_json_object(text: str | None) -> dict[str, Any]:
         return {}
     try:
         decoded = from_json(text)
-    except ValueError:
+    except (ValueError, TypeError):
         decoded = decode_json(text)
     if not isinstance(decoded, dict):
         raise ValueError(f"a JSON object was expected, got {type(decoded).__name__}")

@@ -32,6 +32,7 @@ from moai_flow.memory import (
     SwarmDBError,
     inputs,
 )
+from moai_flow.memory.backends import translating
 from moai_flow.memory.cli import copying, exporting, figures, following, show
 from moai_flow.memory.cli import top as screen
 from moai_flow.memory.cli.demo import report, watch
@@ -42,7 +43,6 @@ from moai_flow.memory.enums import Vocabulary
 from moai_flow.memory.migrations import VERSION, found_version, server_ddl
 from moai_flow.memory.models import TABLES
 from moai_flow.memory.restoring import restore_backup
-from moai_flow.memory.scope import translating
 from moai_flow.memory.transfer import BATCH_SIZE
 from moai_flow.memory.types import AsStored, decode_json, decode_time
 
@@ -687,7 +687,7 @@ def check(
     with _opened(db) as store:
         found = store.check(quarantine=quarantine)
     if as_json:
-        show.as_json({"ok": found.ok, **vars(found)})
+        show.as_json({"ok": found.ok, **vars(found), "advice": found.advice})
     else:
         _show_check(found)
     if not found.ok:
@@ -722,6 +722,7 @@ def _show_check(found: CheckReport) -> None:
         [*map(show.text, ("table", "column")), show.number("rows")],
         ((times.table, times.column, times.rows) for times in found.foreign_times),
     )
+    show.table("What to do", [show.text("advice")], ([advice] for advice in found.advice))
 
 
 def _decoded(value: str) -> Any:

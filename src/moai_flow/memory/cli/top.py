@@ -27,8 +27,8 @@ from moai_flow.memory import (
     SwarmDB,
     TaskResult,
 )
+from moai_flow.memory.backends import translating
 from moai_flow.memory.cli import show
-from moai_flow.memory.scope import translating
 
 #: How far back rates are counted, and ended agents shown.
 WINDOW = timedelta(minutes=5)

@@ -27,7 +27,7 @@ from sqlalchemy import (
     type_coerce,
 )
 
-from moai_flow.memory.backends import SQLite
+from moai_flow.memory.backends import SQLite, translating
 from moai_flow.memory.connections import Held, copy_to
 from moai_flow.memory.engine import log_bytes, path_of_file
 from moai_flow.memory.errors import (
@@ -38,9 +38,10 @@ from moai_flow.memory.errors import (
     SwarmDBError,
     TransactionError,
 )
+from moai_flow.memory.files import PRIVATE, make_folder, mode_of
 from moai_flow.memory.migrations import time_columns, unnormalised
 from moai_flow.memory.models import TABLES, Record, SchemaInfo, SessionMemory, rowid_column, table_of
-from moai_flow.memory.scope import Scope, translating
+from moai_flow.memory.scope import Scope
 from moai_flow.memory.statements import RowDecoder, Statement
 from moai_flow.memory.types import EnumText, is_postgresql
 
@@ -121,6 +122,53 @@ class CheckReport:
         """Whether the file is sound, and every row can be read."""
         return not self.integrity and len(self.undecodable) == 0
 
+    @property
+    def advice(self) -> tuple[str, ...]:
+        """What to do about it, a sentence or two for each kind of finding, the worst first. Empty if all is well."""
+        rows = len({(error.table, *map(repr, error.row.items())) for error in self.undecodable})
+        found = {
+            _ADVICE_DAMAGE: bool(self.integrity),
+            _ADVICE_MOVED.format(rows=_rows(self.quarantined)): bool(self.quarantined),
+            _ADVICE_UNDECODABLE.format(rows=_rows(rows)): bool(rows) and not self.quarantined,
+            _ADVICE_UNLISTED.format(rows=_rows(sum(word.rows for word in self.unlisted))): bool(self.unlisted),
+            _ADVICE_TIMES.format(rows=_rows(sum(times.rows for times in self.foreign_times))): bool(self.foreign_times),
+            _ADVICE_BUG.format(version=self.sqlite_version): self.has_wal_reset_bug,
+        }
+        return tuple(sentence for sentence, is_due in found.items() if is_due)
+
+
+_ADVICE_DAMAGE = (
+    "The file is damaged: a disk, a crash of the machine or another program has written over parts of it. Stop the "
+    "programs that use it, and keep a copy of the file with its -wal and -shm as they are. Then take the last backup "
+    "that checks well, or save what can be read: sqlite3 swarm.db .recover | sqlite3 saved.db. If only indexes are "
+    "named, sqlite3 swarm.db REINDEX mends them. Ask what the disk's own health check says."
+)
+_ADVICE_MOVED = (
+    "{rows} moved into tables whose names end in _quarantine, whole and as stored; everything else can be read again. "
+    "Look at them with sqlite3 or psql, put right what you need, and drop those tables when you are done."
+)
+_ADVICE_UNDECODABLE = (
+    "{rows} can't be read, and calls that meet one raise CorruptDataError; nothing else is affected. Mend each with "
+    "SQL, or run swarmdb check --quarantine, or check(quarantine=True), which moves them aside, whole, so that "
+    "nothing is lost. Find out which program wrote them: SwarmDB refuses such values."
+)
+_ADVICE_UNLISTED = (
+    "{rows} with words that SwarmDB does not list. They are read as they are: there is nothing to do, but look "
+    "whether a word is a slip of the program that wrote it."
+)
+_ADVICE_TIMES = (
+    "{rows} with times as an older program writes them. They are read, in the zone of this machine where they name "
+    "none. If that program still writes, let it use SwarmDB."
+)
+_ADVICE_BUG = (
+    "SQLite {version} has a rare bug that can damage a file which several programs write: nothing is wrong now; a "
+    "Python with SQLite 3.51.3 or later, 3.50.7 or 3.44.6 does not have it. Until then, keep backups."
+)
+
+
+def _rows(number: int) -> str:
+    return f"{number:,} row" if number == 1 else f"{number:,} rows"
+
 
 class MaintenanceOperations(Scope):
     """Keeping the database small, safe and sound."""
@@ -148,7 +196,7 @@ class MaintenanceOperations(Scope):
             ClosedError: After `close`.
         """
         row = self._tuples(_VERSION, {})
-        if not row:
+        if not row or not isinstance(row[0][0], str):
             raise SchemaError(f"{self._location}: the database does not say its schema version any more")
         version: str = row[0][0]
         return version
@@ -201,8 +249,8 @@ class MaintenanceOperations(Scope):
     def backup(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
         """Copy the database, as it is at this moment, into a file, while others go on reading and writing.
 
-        The file appears when it is complete, never half-written. For a database on a server there are the server's own
-        tools, such as ``pg_dump``.
+        The file appears when it is complete, never half-written, and may be read by those who may read the database.
+        For a database on a server there are the server's own tools, such as ``pg_dump``.
 
         Args:
             path: The file to write. Its folder is made if it is missing.
@@ -231,11 +279,11 @@ class MaintenanceOperations(Scope):
             raise InvalidInputError("path", str(path), "a file that does not exist yet, or overwrite=True")
         held = self._connections.take()
         try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            copy_to(held.raw, target)
+            make_folder(target.parent)
+            copy_to(held.raw, target, PRIVATE if self._location.path is None else mode_of(self._location.path))
         except SwarmDBError:
             raise
-        except (sqlite3.Error, OSError) as error:
+        except (sqlite3.Error, UnicodeDecodeError, OSError) as error:
             raise StorageError(f"{target}: the backup can't be written: {error}") from error
         finally:
             self._connections.give(held)
@@ -316,7 +364,7 @@ def _noting_damage(integrity: list[str], place: str) -> Iterator[None]:
     try:
         yield
     except sqlite3.DatabaseError as error:
-        if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_CORRUPT:
+        if getattr(error, "sqlite_errorcode", 0) & 0xFF != sqlite3.SQLITE_CORRUPT:
             raise
         integrity.append(f"{place}: {error}")
 

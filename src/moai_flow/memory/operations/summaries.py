@@ -558,6 +558,7 @@ class SummaryOperations(Scope):
         """
         values = _given(_window(since, until))
         _one_of(AgentOrder, order_by, field="order_by")
+        descending = inputs.flag(descending, field="descending")
         limit = inputs.whole_or_none(limit, field="limit")
         agents = _grouped(self._task_rows(values, by_agent=True))
         found = [AgentSummary(agent_id=agent, **_task_figures(agents[agent])) for agent in sorted(agents)]

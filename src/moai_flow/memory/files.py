@@ -1,0 +1,82 @@
+"""Files that only their owner may read, and whether a file is still the one that was opened."""
+
+import os
+import time
+from pathlib import Path
+
+from moai_flow.memory.errors import StorageError
+
+#: Reading and writing for the owner, and nothing for anybody else.
+PRIVATE = 0o600
+
+#: How long the file at a path is taken to be the one that was opened, without looking, in seconds.
+TRUSTED = 1.0
+
+
+def make_folder(folder: Path) -> None:
+    """Make *folder*, and those around it, for nobody but their owner. Those that exist stay as they are.
+
+    Raises:
+        OSError: If one can't be made.
+    """
+    if not folder.parent.exists():
+        make_folder(folder.parent)
+    folder.mkdir(mode=0o700, exist_ok=True)
+
+
+def make_file(path: Path, mode: int = PRIVATE) -> None:
+    """Make an empty file at *path* with exactly this *mode*, whatever the process's umask would make of it.
+
+    Raises:
+        FileExistsError: If there is something already.
+        OSError: If it can't be made.
+    """
+    # Never readable for others, not even for a moment.
+    os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, mode & PRIVATE))
+    if mode != PRIVATE:
+        path.chmod(mode)
+
+
+def mode_of(path: Path) -> int:
+    """Return who may do what with a file.
+
+    Raises:
+        OSError: If it can't be looked at.
+    """
+    return path.stat().st_mode & 0o777
+
+
+class OpenedFile:
+    """The file that connections have open, as long as it is found where it was.
+
+    One that was removed, or replaced by another, takes what is written into it along: SQLite does not notice.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Remember which file is at *path*."""
+        self._path = path
+        self._identity = self._look()
+        self._trusted_until = time.monotonic() + TRUSTED
+
+    def check(self, *, now: bool = False) -> None:
+        """Look whether it is still there, unless that was done a moment ago; with *now*, even then.
+
+        Raises:
+            StorageError: If it isn't.
+        """
+        if not now and time.monotonic() < self._trusted_until:
+            return
+        if self._look() != self._identity:
+            raise StorageError(
+                f"{self._path}: the file was removed, renamed or replaced while it was open, and what was written "
+                "into it since is not in the file that is there now, if there is one; close this database and open "
+                "it again"
+            )
+        self._trusted_until = time.monotonic() + TRUSTED
+
+    def _look(self) -> tuple[int, int] | None:
+        try:
+            found = self._path.stat()
+        except OSError:
+            return None
+        return found.st_dev, found.st_ino
