@@ -152,6 +152,9 @@ CALLS: dict[str, Call] = {
     "session readonly": _reading,
 }
 
+#: What waits for events that never come where they are damaged or deleted.
+WAITS = "watch_events"
+
 #: What sends nothing.
 SILENT = frozenset({"close", "db_path"})
 
