@@ -16,4 +16,3 @@ def test_what_a_power_loss_leaves_is_sound_and_a_prefix_of_the_commits(durabilit
     assert figures.most_lost[power.NOTHING] == 0
     if durability == "full" and power.has_compiler():
         assert figures.most_lost[power.UNFLUSHED] == 0
-        assert figures.most_lost[power.END_OF_LOG] > 0  # What could be lost if it were not flushed.
