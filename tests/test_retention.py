@@ -222,6 +222,22 @@ def test_a_memory_is_old_after_it_has_expired(db: SwarmDB, clock: Clock, zone: s
     assert db.get_memory("s", "semantic", "k") is None
 
 
+@pytest.mark.parametrize("odd", ["x''", "x'ff'", "NULL"])
+def test_an_agent_whose_id_is_no_text_stays_and_holds_nothing_up(local_db: SwarmDB, clock: Clock, odd: str) -> None:
+    local_db.register_agent("a", "t", "complete")
+    local_db.register_agent("b", "t", "complete")
+    run(local_db, f"UPDATE agent_registry SET agent_id = {odd} WHERE agent_id = 'b'")
+    policy = RetentionPolicy(agents=timedelta(days=1))
+    clock.advance(days=40)
+
+    assert local_db.cleanup(policy=policy).rows == 1
+    assert rows_of(local_db, "agent_registry") == 1
+    local_db._set_retention(policy)
+    clock.advance(days=1)
+    event(local_db, clock.now)
+    assert local_db.last_cleanup == clock.now
+
+
 def test_what_is_no_time_stays(local_db: SwarmDB, clock: Clock) -> None:
     for _ in range(3):
         event(local_db, clock.now, "old")

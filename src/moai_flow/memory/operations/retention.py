@@ -198,13 +198,18 @@ _DELETE_OLDEST = {name: _oldest(_MODELS[name]) for name in _BY_TIME}
 _COUNT_OLDEST = {name: _count_oldest(_MODELS[name]) for name in _BY_TIME}
 
 _AGENTS = table_of(RegisteredAgent)
-_NEXT_AGENTS = (
-    select(_AGENTS.c.agent_id)
-    .where(_AGENTS.c.agent_id > bindparam("after"))
-    .order_by(_AGENTS.c.agent_id)
-    .limit(bindparam("limit"))
-)
-_LAST_AGENT = Statement(select(func.max(_NEXT_AGENTS.subquery().c.agent_id)))
+
+
+def _last_agent(dialect: Dialect) -> Executable:
+    """Return what tells the last id of the next *limit* agents. On SQLite, an id may be no text; those come last."""
+    following = select(_AGENTS.c.agent_id).where(_AGENTS.c.agent_id > bindparam("after"))
+    if not is_postgresql(dialect):
+        following = following.where(_AGENTS.c.agent_id < literal_column("x''"))
+    slice_ = following.order_by(_AGENTS.c.agent_id).limit(bindparam("limit")).subquery()
+    return select(func.max(slice_.c.agent_id))
+
+
+_LAST_AGENT = Statement(_last_agent)
 _ENDED_BEFORE = and_(
     or_(_AGENTS.c.status == AgentStatus.COMPLETE, _AGENTS.c.status == AgentStatus.ERROR),
     _AGENTS.c.complete_time < bindparam("cutoff"),
