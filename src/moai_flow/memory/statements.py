@@ -146,8 +146,9 @@ class Program:
         """
         if logger.isEnabledFor(logging.DEBUG):
             logger.debug("%s %r", self.sql, bound)
+        cursor = self.backend.cursor(raw)
         try:
-            rows: list[Row] = self.backend.cursor(raw).execute(self.sql, bound).fetchall()
+            rows: list[Row] = cursor.execute(self.sql, bound).fetchall()
         except self.backend.error as error:
             if self.rows is not None and self.backend.is_undecodable(error):
                 with self.backend.reading_leniently(raw):
@@ -158,6 +159,9 @@ class Program:
             if self.rows is None and self.backend.is_undecodable(error):
                 raise self._named(error, raw) from error
             raise translated(error, self._where) from error
+        except BaseException:
+            cursor.close()  # Interrupted between its rows, the statement would be under way until the collector comes.
+            raise
         return rows
 
     def _named(self, error: Exception, raw: Any) -> SwarmDBError:
