@@ -233,12 +233,9 @@ class Interrupter:
 
 @pytest.mark.parametrize("name", CALLS)
 def test_an_interrupt_anywhere_leaves_all_or_nothing(
-    subject: Subject, name: str, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+    subject: Subject, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     call = CALLS[name]
-    if subject.db._location.is_on_server and ("metrics" in name or "events" in name):
-        # Known, and seen once in some runs: a batch that is interrupted may leave its answers on the connection.
-        request.applymarker(pytest.mark.xfail(reason="psycopg's executemany, interrupted", strict=False))
     if subject.db._location.is_on_server and name == "backup":
         pytest.skip("a server's database is copied by its own tools")
     call(subject.db, subject.folder)
@@ -252,7 +249,10 @@ def test_an_interrupt_anywhere_leaves_all_or_nothing(
         subject.renew()
     # What comes up in a destructor goes nowhere.
     monkeypatch.setattr(sys, "unraisablehook", lambda _: None)
-    tries = min(counter.events, EXAMPLES // (24 if subject.db._location.is_on_server else 12))
+    share = 24 if subject.db._location.is_on_server else 12
+    if name.startswith("store_") and name.endswith("_metrics"):
+        share = 1  # A batch on a server has a pipeline, which is in the way at few places.
+    tries = min(counter.events, EXAMPLES // share)
     with without_cycle_collector():
         for number in range(tries):
             at = 1 + (counter.events * number + list(CALLS).index(name)) // tries

@@ -73,6 +73,10 @@ class Backend(ABC):
         """Whether nothing is under way on the connection, nor is it lost."""
         return True
 
+    def abandon(self, raw: Any) -> None:
+        """Give up the connection where a batch on it was interrupted, unless it is as good as before."""
+        return
+
     def close(self, raw: Any) -> None:
         """Close the connection, whatever is under way on it; what it had not committed is rolled back."""
         raw.close()
@@ -255,6 +259,9 @@ class PostgreSQL(Backend):
 
     def is_idle(self, raw: Any) -> bool:
         return bool(raw.pgconn.transaction_status == _IDLE)
+
+    def abandon(self, raw: Any) -> None:
+        raw.close()  # What the pipeline had not fetched would be taken for the answers to what comes next.
 
     def chunks(self, raw: Any, sql: str, size: int, bound: Sequence[Any] = ()) -> Generator[list[Any], None, None]:
         with raw.cursor(name="swarmdb_chunks") as cursor:

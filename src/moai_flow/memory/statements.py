@@ -219,7 +219,13 @@ class Program:
         logger.debug("%s (many)", self.sql)
         with translating(self._where):  # Interrupted, psycopg may fail at leaving its pipeline.
             cursor = self.backend.cursor(raw)
-            cursor.executemany(self.sql, bound)
+            try:
+                cursor.executemany(self.sql, bound)
+            except self.backend.error:
+                raise
+            except BaseException:
+                self.backend.abandon(raw)
+                raise
         return cursor
 
 
