@@ -324,7 +324,8 @@ def events(
         typer.Option(metavar="TIME", help="Only events at or after this time, in ISO-8601."),
     ] = None,
     until: Annotated[
-        str | None, typer.Option(metavar="TIME", help="Only events before this time, in ISO-8601.")
+        str | None,
+        typer.Option(metavar="TIME", help="Only events before this time, in ISO-8601. Not with --follow."),
     ] = None,
     follow: Annotated[
         bool, typer.Option("--follow", "-f", help="Print the newest, oldest first, and then each new one as it comes.")
@@ -367,7 +368,8 @@ def metrics(
         str | None, typer.Option(metavar="TIME", help="Only metrics before this time, in ISO-8601.")
     ] = None,
     last: Annotated[
-        str | None, typer.Option(metavar="DURATION", help="Only metrics since so long ago: 30m, 1h or 7d.")
+        str | None,
+        typer.Option(metavar="DURATION", help="Only metrics since so long ago: 30m, 1h or 7d. Not with --since."),
     ] = None,
     by: Annotated[figures.By, typer.Option(help="By which column agents are put in order.")] = figures.By.TASKS,
     limit: Annotated[int, typer.Option(min=0, help="How many agents at most.")] = 20,
@@ -490,7 +492,7 @@ def cleanup(
     *,
     days: Annotated[
         int | None,
-        typer.Option(help="Remove what is older than so many days. Default: as the database's retention says."),
+        typer.Option(help="Remove what is older than so many days, but no agents. Default: as its retention says."),
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Remove nothing, and show what would be removed.")] = False,
     db: Database = None,
@@ -571,7 +573,9 @@ def restore(
     path: Annotated[str, typer.Argument(metavar="BACKUP", help="The file that swarmdb backup wrote.")],
     *,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the database if it exists.")] = False,
-    discard: Annotated[bool, typer.Option("--discard", help="Keep no copy of the database that is replaced.")] = False,
+    discard: Annotated[
+        bool, typer.Option("--discard", help="Keep no copy of the database that is replaced: its rows are lost.")
+    ] = False,
     db: Database = None,
     as_json: AsJSON = False,
 ) -> None:
@@ -599,7 +603,12 @@ def copy(
         str, typer.Argument(metavar="TARGET", help="Where to: a file or a URL. It is made if it does not exist.")
     ],
     *,
-    resume: Annotated[bool, typer.Option("--continue", help="Go on with a copy that was interrupted.")] = False,
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--continue", help="Go on with a copy that was interrupted. Else a target that has rows is refused."
+        ),
+    ] = False,
     batch_size: Annotated[int, typer.Option(min=1, help="How many rows are written at once.")] = BATCH_SIZE,
     as_json: AsJSON = False,
 ) -> None:
