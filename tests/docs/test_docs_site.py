@@ -127,6 +127,26 @@ def test_the_guide_of_the_command_line_has_every_command() -> None:
     assert set(re.findall("^## (.*)", page, re.MULTILINE)) == {path for path, _ in commands()}
 
 
+#: What the page of errors says of all calls.
+_OF_ALL = {"StorageError", "ClosedError", "InvalidInputError"}
+
+
+def test_the_page_of_errors_says_of_each_call_what_it_raises() -> None:
+    page = (REPOSITORY / "docs" / "guides" / "errors.md").read_text()
+    section = page.partition("## What one call raises\n")[2].partition("\n## ")[0]
+    rows = re.findall(r"^\| (`.*) \| (.*)\|$", section, re.MULTILINE)
+
+    documented = {
+        call: set(re.findall("`([A-Z].*?)`", errors)) for calls, errors in rows for call in re.findall("`(.*?)`", calls)
+    }
+    assert documented == {name: _raised(name) - _OF_ALL for name in METHODS if name != "close"}
+
+
+def _raised(name: str) -> set[str]:
+    _, _, section = (inspect.getdoc(getattr(SwarmDB, name)) or "").partition("\nRaises:\n")
+    return set(re.findall(r"^    (\w+):", section.partition("\n\n")[0], re.MULTILINE))
+
+
 def test_pages_load_nothing_from_elsewhere(site: Path) -> None:
     loaded = re.compile(r"<(?:script|img|iframe|source)[^>]*src=\"?(?:https?:)?//|<link[^>]*href=\"?(?:https?:)?//")
     imported = re.compile(r"(?:@import|url\()\s*[\"']?(?:https?:)?//")
