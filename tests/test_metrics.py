@@ -91,6 +91,17 @@ def test_agent_and_swarm_metrics_come_back_typed(db: SwarmDB, clock: Clock) -> N
     assert (found.metric_id, found.swarm_id, found.metric_type) == (swarm, "s", SwarmMetricType.LATENCY)
 
 
+def test_zero_has_no_sign_on_any_database(db: SwarmDB) -> None:
+    db.store_agent_metric("a1", "throughput", -0.0)
+    db.store_agent_metrics([{"agent_id": "a1", "metric_type": "throughput", "value": -0.0}])
+    db.store_swarm_metric("s1", "health", -0.0)
+    with db.session() as session:
+        session.add(AgentMetric(agent_id="a1", metric_type=AgentMetricType.THROUGHPUT, value=-0.0))
+
+    values = [metric.value for metric in db.get_agent_metrics("a1")] + [db.get_swarm_metrics("s1")[0].value]
+    assert list(map(repr, values)) == ["0.0"] * 4
+
+
 def test_metrics_are_filtered(db: SwarmDB) -> None:
     day = datetime(2025, 1, 1, tzinfo=UTC)
     for number, result in enumerate(TaskResult):

@@ -5,7 +5,7 @@ import os
 import sqlite3
 import stat
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ import pytest
 import moai_flow.memory
 from conftest import REPOSITORY
 from moai_flow.memory import StorageError, SwarmDB
+from moai_flow.memory.restoring import restore_backup
 
 PACKAGE = Path(moai_flow.memory.__file__).parent
 EVENT: Any = {"event_type": "spawn", "agent_id": "a", "agent_type": "t"}
@@ -114,11 +115,23 @@ def test_a_link_to_a_file_that_does_not_exist_makes_it_for_its_owner(tmp_path: P
         assert link.is_symlink()
 
 
-def test_a_loop_of_links_is_a_storage_error(tmp_path: Path) -> None:
-    for name, target in (("a", "b"), ("b", "a")):
-        (tmp_path / name).symlink_to(tmp_path / target)
-    with pytest.raises(StorageError):
-        SwarmDB(tmp_path / "a")
+def test_a_loop_of_links_is_a_storage_error_and_stays(path: Path, tmp_path: Path) -> None:
+    loop, saved = tmp_path / "a", tmp_path / "saved.db"
+    loop.symlink_to(tmp_path / "b")
+    (tmp_path / "b").symlink_to(loop)
+    with SwarmDB(path) as db:
+        db.backup(saved)
+        calls: list[Callable[[], object]] = [
+            lambda: SwarmDB(loop),
+            lambda: db.backup(loop),
+            lambda: db.backup(loop, overwrite=True),
+            lambda: restore_backup(loop, tmp_path / "new.db"),
+            lambda: restore_backup(saved, loop, overwrite=True),
+        ]
+        for call in calls:
+            with pytest.raises(StorageError, match="Too many levels of symbolic links"):
+                call()
+    assert loop.is_symlink()
 
 
 def test_a_backup_through_a_link_replaces_the_link_and_not_what_it_leads_to(path: Path, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from stat import S_ISDIR
 from typing import Any, Literal, TypeAlias
 from urllib.parse import unquote
 from uuid import uuid4
@@ -115,12 +116,14 @@ def path_of_file(given: str | os.PathLike[str], *, field: str) -> Path:
         raise InvalidInputError(field, given, "the path of a file")
     try:
         path = Path(name).expanduser().absolute()
-        is_folder = path.is_dir()
+        mode = path.stat().st_mode
     except RuntimeError as error:
         raise InvalidInputError(field, name, f"a path that can be found ({error})") from None
-    except OSError as error:
+    except (FileNotFoundError, NotADirectoryError):
+        return path
+    except OSError as error:  # A loop of links, for one.
         raise StorageError(f"{name}: {error}") from error
-    if is_folder:
+    if S_ISDIR(mode):
         raise InvalidInputError(field, name, "the path of a file, not of a folder")
     return path
 

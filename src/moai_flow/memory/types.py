@@ -415,7 +415,7 @@ class AsStored(TypeDecorator[Any]):
 
 
 class Real(Stored[float]):
-    """A float. RETURNING gives whole ones as int, since that is how SQLite keeps them."""
+    """A float. RETURNING gives whole ones as int, since that is how SQLite keeps them: zero then has no sign."""
 
     impl = REAL
     cache_ok = True
@@ -428,7 +428,7 @@ class Real(Stored[float]):
         return None
 
     def result_processor(self, dialect: Dialect, coltype: object) -> Decoder:
-        return lambda value: None if value is None else float(value)
+        return lambda value: None if value is None else value + 0.0  # And -0.0, which a server keeps, becomes 0.0.
 
 
 class EpochSeconds(Real):
@@ -451,7 +451,7 @@ def decode_epoch(seconds: float) -> float:
     """
     if not _YEAR_1 <= seconds < _YEAR_10000:
         raise ValueError("it is outside the years 1 to 9999")
-    return float(seconds)
+    return seconds + 0.0
 
 
 class Whole(Stored[int]):

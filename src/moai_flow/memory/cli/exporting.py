@@ -102,7 +102,7 @@ def _json_column(kind: Any) -> Column:
         case Plain() | EnumText():
             return _each(_quoted)
         case Real():
-            return _each(lambda value: repr(float(value)) if value is not None and math.isfinite(value) else "null")
+            return _each(lambda value: repr(value + 0.0) if value is not None and math.isfinite(value) else "null")
         case Count():
             return _each(lambda value: value or 0)
         case _:
@@ -120,7 +120,7 @@ def _csv_column(kind: Any, *, escape_formulas: bool) -> Column:
         case Plain() | EnumText() if escape_formulas:
             return _each(lambda text: f"'{text}" if text.startswith(_FORMULA) else text)
         case Real():
-            return _each(lambda value: None if value is None else float(value))
+            return _each(lambda value: None if value is None else value + 0.0)
         case Count():
             return _each(lambda value: value or 0)
         case _:
@@ -171,7 +171,7 @@ def target_of(given: str, own: Path | None, *, overwrite: bool) -> Path:
     try:
         target = path_of_file(given, field="--output").resolve()
         exists = target.exists()
-    except (OSError, RuntimeError) as error:  # RuntimeError is a loop of links.
+    except OSError as error:
         raise StorageError(f"{given}: {error}") from error
     if exists and not target.is_file():
         raise InvalidInputError("--output", given, "the path of a file")
