@@ -7,6 +7,7 @@ import subprocess
 import sys
 import textwrap
 import threading
+import time
 import weakref
 from collections.abc import AsyncIterator
 from datetime import timedelta
@@ -15,6 +16,7 @@ from typing import Any
 
 import pytest
 
+import moai_flow.memory.workers
 from conftest import Clock
 from loops import at_work, cancelled, join_workers, run, until, workers
 from moai_flow.memory import (
@@ -519,6 +521,44 @@ def test_as_many_calls_run_at_once_as_the_pool_is_large(url: str) -> None:
     run(scenario, url, pool_size=3)
 
 
+def test_calls_that_take_long_keep_no_other_waiting(url: str) -> None:
+    async def scenario(db: AsyncSwarmDB) -> None:
+        go_on = threading.Event()
+        long = [asyncio.create_task(db._do(lambda _: go_on.wait())) for _ in range(3)]
+        await asyncio.sleep(0)
+        assert await db.list_agents() == []
+        assert not any(task.done() for task in long)
+        go_on.set()
+        await asyncio.gather(*long)
+
+    run(scenario, url, pool_size=4)
+
+
+def test_who_stood_in_for_workers_that_took_long_does_so_no_longer_than_they_do(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def scenario(db: AsyncSwarmDB) -> None:
+        db._workers.at_once = 1
+        go_on, inside, most = threading.Event(), 0, 0
+        long = [asyncio.create_task(db._do(lambda _: go_on.wait())) for _ in range(3)]
+        await until(lambda: len(db._workers._serving) == 3)
+
+        def work(number: int) -> None:
+            nonlocal inside, most
+            inside += 1
+            most = max(most, inside)
+            if number == 20:
+                monkeypatch.setattr(moai_flow.memory.workers, "_LONG", 3600)  # From here on, nothing does.
+                go_on.set()
+            time.sleep(0.0001)
+            inside -= 1
+
+        await asyncio.gather(*(db._do(lambda _, number=number: work(number)) for number in range(200)), *long)  # type: ignore[misc]
+        assert most == 1
+
+    run(scenario, f"sqlite:///{path}", pool_size=4)
+
+
 def test_a_call_waits_while_transactions_have_all_workers(url: str) -> None:
     async def scenario(db: AsyncSwarmDB) -> None:
         async with db.transaction():
@@ -570,7 +610,7 @@ def test_an_iteration_that_is_left_early_holds_nothing(url: str) -> None:
         kept = [db.iter_events() for _ in range(5)]
         for events in kept:
             await anext(events)
-        await until(lambda: db._workers._busy == 0)
+        await until(lambda: not db._workers._serving)
         await db.vacuum()
 
     run(scenario, url, pool_size=1)

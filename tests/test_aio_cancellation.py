@@ -61,9 +61,9 @@ def test_a_call_that_waits_for_another_writer_is_cut_off_and_writes_nothing_late
                 async with asyncio.timeout(0.1):
                     await CALLS[name](db)
             task = asyncio.ensure_future(CALLS[name](db))
-            await until(lambda: db._workers._busy == 1)
+            await until(lambda: len(db._workers._serving) == 1)
             assert await cancelled(task)
-            await until(lambda: db._workers._busy == 0)
+            await until(lambda: not db._workers._serving)
         await db.register_agent("next", "t")
         assert [agent.agent_id for agent in await db.list_agents()] == ["next"]
         assert await db.get_events() == []
@@ -263,7 +263,7 @@ def test_opening_is_cut_off_as_well_and_the_next_call_opens(path: Path) -> None:
             with other.transaction():
                 opening = asyncio.ensure_future(db.list_agents())
                 waiting = asyncio.ensure_future(db.list_agents())
-                await until(lambda: db._workers._busy == 2)
+                await until(lambda: len(db._workers._serving) == 2)
                 with pytest.raises(TimeoutError):
                     async with asyncio.timeout(0.1):
                         await asyncio.shield(opening)
@@ -454,7 +454,7 @@ def test_a_thousand_cancellations_lose_nothing_halve_nothing_and_leave_nothing(s
                 times += sum(await asyncio.gather(*tasks))
                 rounds += 1
                 assert not db._pinned
-            await until(lambda: db._workers._busy == 0)
+            await until(lambda: not db._workers._serving)
             assert db._workers._pinned == 0
             assert len(workers()) <= 4
             store = db._db

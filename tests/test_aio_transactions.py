@@ -344,7 +344,7 @@ def test_a_block_that_is_cancelled_while_it_is_entered_is_not(shared_url: str) -
                     await register(db, "a")
 
             task = asyncio.create_task(work())
-            await until(lambda: db._workers._busy == 1)
+            await until(lambda: len(db._workers._serving) == 1)
             assert await cancelled(task)
             assert not db._pinned
         await register(db, "b")

@@ -46,6 +46,10 @@ K = TypeVar("K", bound=TrackedTask | TrackedAgent)
 #: How many rows an iteration reads ahead.
 _READ_AHEAD = 100
 
+#: How many workers are busy at once with a file, as long as calls are short. SQLite and the interpreter do one thing at
+#: a time, nearly, and the event loop wants a processor too.
+_AT_ONCE = max(1, min(2, (os.cpu_count() or 1) - 1))
+
 #: How often a call that waits for another one to open the database looks whether it is to go on, in seconds.
 _LOOK = 0.05
 
@@ -70,7 +74,8 @@ class _Worked:
         pool_size, patience = given.arguments["pool_size"], given.arguments["busy_timeout"]
         self._open = partial(_WorkersDB, *arguments, **options)
         # What is no size, or no time, is refused where the database is opened.
-        self._workers = Workers(pool_size if type(pool_size) is int and pool_size > 0 else 1)
+        self._pool_size = pool_size if type(pool_size) is int and pool_size > 0 else 1
+        self._workers = Workers(self._pool_size)
         self._patience = float(patience) if isinstance(patience, int | float) else 0.0
         self._db: SwarmDB | None = None
         self._is_closed = False
@@ -89,7 +94,8 @@ class _Worked:
                     raise StorageError("nobody waits for this call any more")
             try:
                 if self._db is None:
-                    self._db = self._open()
+                    self._db = db = self._open()
+                    self._workers.at_once = self._pool_size if db._location.is_on_server else _AT_ONCE
             finally:
                 self._opening.release()
         return self._db

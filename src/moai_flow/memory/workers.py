@@ -1,8 +1,10 @@
 """Worker threads that do for coroutines what would block their event loop."""
 
 import asyncio
+import math
 import os
 import threading
+import time
 import weakref
 from asyncio import AbstractEventLoop, CancelledError, Future
 from collections import deque
@@ -22,6 +24,13 @@ _LOOK = 1.0
 
 #: After how long a statement that goes on all the same is cancelled again, in seconds.
 _AGAIN = 0.05
+
+
+#: After how long a job counts as one that takes long, beside which others are to go on, in seconds.
+_LONG = 0.005
+
+#: How many jobs at most are given back to tasks before the event loop looks after everything else again.
+_AT_ONCE = 8
 
 
 class _Local(threading.local):
@@ -123,8 +132,12 @@ class _Returned:
 
     def _take(self) -> None:
         self._is_expected = False  # From here on, whoever comes too late for this round asks for another.
-        while self._ended:
+        for _ in range(min(len(self._ended), _AT_ONCE)):
             self._ended.popleft().settle()
+        loop = self._loop()
+        if self._ended and not self._is_expected and loop is not None:
+            self._is_expected = True
+            loop.call_soon(self._take)
 
 
 class Runnable(Protocol):
@@ -380,11 +393,26 @@ def _interpreter_is_ending() -> bool:
     return False
 
 
+class _Serving:
+    """A worker at work, and since when it has been at its job."""
+
+    __slots__ = ("since",)
+
+    def __init__(self) -> None:
+        self.since = math.inf
+
+
 class Workers:
-    """A bounded pool of worker threads."""
+    """A bounded pool of worker threads, of which only a few work at once as long as jobs are short.
+
+    More would wait for each other, for the interpreter's lock and for the database's, and leave the event loop less of
+    both. A job that takes long, because it waits for a lock or has a lot to do, makes room for another one beside it.
+    """
 
     def __init__(self, most: int) -> None:
         self._most = most
+        #: How many work at once, not counting those that take long or are kept for a transaction.
+        self.at_once = 1
         self._is_closed = False
         self._start()
         _instances.add(self)
@@ -394,8 +422,9 @@ class Workers:
         self._executor = ThreadPoolExecutor(self._most, thread_name_prefix="swarmdb")
         self._lock = threading.Lock()
         self._waiting: deque[Runnable] = deque()
-        self._busy = 0
+        self._serving: set[_Serving] = set()
         self._pinned = 0
+        self._look_from = 0.0
 
     @property
     def are_all_pinned(self) -> bool:
@@ -408,9 +437,10 @@ class Workers:
             if self._is_closed:
                 return False
             self._waiting.append(work)
-            if self._busy < self._most:
-                self._executor.submit(self._serve)
-                self._busy += 1
+            if len(self._serving) - self._pinned < self.at_once:
+                self._serve_more()
+            else:
+                self._look_later()
         return True
 
     def pin(self) -> Pinned | None:
@@ -428,18 +458,53 @@ class Workers:
         with self._lock:
             self._pinned -= 1
 
-    def _serve(self) -> None:
+    def _serve_more(self) -> None:
+        if len(self._serving) < self._most and not self._is_closed:
+            serving = _Serving()
+            self._executor.submit(self._serve, serving)
+            self._serving.add(serving)
+
+    def _look_later(self) -> None:
+        """See to it that it is noticed if what waits is waiting for jobs that take long."""
+        now = time.monotonic()
+        if now >= self._look_from:
+            self._look_from = now + _LONG
+            asyncio.get_running_loop().call_later(_LONG, self._look)
+
+    def _look(self) -> None:
+        with self._lock:
+            self._look_from = 0.0
+            if self._waiting:
+                if not self._are_enough():
+                    self._serve_more()
+                self._look_later()
+
+    def _are_enough(self) -> bool:
+        long_since = time.monotonic() - _LONG
+        long = sum(serving.since < long_since for serving in self._serving)
+        return len(self._serving) - self._pinned - long >= self.at_once
+
+    def _serve(self, serving: _Serving) -> None:
         while True:
             try:
                 work = self._waiting.popleft()
             except IndexError:
                 with self._lock:
                     if not self._waiting:
-                        self._busy -= 1
+                        self._serving.remove(serving)
                         return
                 continue
+            if not isinstance(work, Pinned):
+                serving.since = time.monotonic()
             work.run()
             del work
+            serving.since = math.inf
+            if len(self._serving) - self._pinned > self.at_once:
+                with self._lock:  # What took long has ended, and who stood in for it is one too many.
+                    self._serving.remove(serving)
+                    if self._are_enough():
+                        return
+                    self._serving.add(serving)
 
     def close(self) -> None:
         """Take nothing more, wait until all that was submitted has ended, and let the workers go. Not in one of them.
