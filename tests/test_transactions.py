@@ -5,6 +5,7 @@ import contextvars
 import sqlite3
 import threading
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import psycopg
@@ -86,6 +87,52 @@ def test_any_exception_rolls_back(db: SwarmDB, error: type[BaseException]) -> No
     assert agents(db) == set()
     db.register_agent("b", "t")
     assert agents(db) == {"b"}
+
+
+def test_a_block_that_nobody_can_end_any_more_is_undone_at_once(db: SwarmDB) -> None:
+    opening = db.transaction()
+    opening.__enter__()
+    db.register_agent("a", "t")
+    with db.transaction():
+        db.register_agent("b", "t")
+    del opening
+    assert db._connections.local.blocks == []
+    assert agents(db) == set()
+    db.register_agent("c", "t")
+    assert agents(db) == {"c"}
+
+
+def test_an_inner_block_that_nobody_can_end_any_more_is_not_kept_by_the_outer(db: SwarmDB) -> None:
+    with pytest.raises(TransactionError, match="ended inside"), db.transaction():
+        inner = db.transaction()
+        inner.__enter__()
+        db.register_agent("a", "t")
+        del inner
+    assert agents(db) == set()
+    db.register_agent("b", "t")
+    assert agents(db) == {"b"}
+
+
+def test_a_block_is_entered_once(db: SwarmDB) -> None:
+    block = db.transaction()
+    with block:
+        db.register_agent("a", "t")
+        with pytest.raises(RuntimeError, match="entered once"):
+            block.__enter__()
+    with pytest.raises(RuntimeError, match="entered once"):
+        block.__enter__()
+    assert agents(db) == {"a"}
+
+
+def test_a_connection_on_which_an_interrupt_came_is_not_used_again(file_db: SwarmDB) -> None:
+    raws = []
+    for error in (OopsError, KeyboardInterrupt, None):
+        with suppress(OopsError, KeyboardInterrupt), file_db.transaction() as raw:
+            raws.append(raw)
+            if error is not None:
+                raise error
+    assert raws[0] is raws[1]
+    assert raws[1] is not raws[2]
 
 
 def test_an_interrupt_comes_out_as_itself_though_cleaning_up_after_it_fails() -> None:
@@ -309,7 +356,7 @@ def test_a_block_whose_outer_block_has_ended_touches_nobody(file_db: SwarmDB) ->
     ended.wait()
     with pytest.raises(TransactionError, match="ended inside"):
         file_db.register_agent("leaked", "t")
-    assert inner.__exit__(OopsError, OopsError(), None) is False  # The exception goes on.
+    assert not inner.__exit__(OopsError, OopsError(), None)  # The exception goes on.
     proceed.set()
     other.join()
 

@@ -149,9 +149,12 @@ def test_a_backup_through_a_link_replaces_the_link_and_not_what_it_leads_to(path
 #: Where SQL is put together at run time, and out of what. Anything new has to be looked at, and noted here.
 PUT_TOGETHER = {
     ("backends", "SQLite.impatient"): "the busy timeout that SQLite itself told, as a number",
+    ("backends", "PostgreSQL.end_reading"): "the name of a block's savepoint",
     ("engine", "_for_file"): "the page cache, as a number",
     ("migrations", "_check_columns"): "the name of a table of ours",
     ("operations.maintenance", "MaintenanceOperations.vacuum"): "the names of our tables",
+    ("scope", "Block.begin"): "the name of its savepoint",
+    ("scope", "Block._undo"): "the name of its savepoint",
     ("transfer", "<module>"): "the names of our tables",
     ("transfer", "_server_writer"): "the names of a table of ours and of its columns",
 }

@@ -5,6 +5,7 @@ import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext, suppress
+from types import TracebackType
 from typing import Any, ClassVar
 
 from sqlalchemy import Dialect
@@ -50,8 +51,8 @@ class Backend(ABC):
         """From here to the end of the innermost savepoint, show one snapshot, and refuse writes."""
 
     @abstractmethod
-    def end_reading(self, raw: Any) -> None:
-        """Undo `begin_reading`, inside the same savepoint."""
+    def end_reading(self, raw: Any, savepoint: str) -> None:
+        """Undo `begin_reading`, inside the same *savepoint*."""
 
     @abstractmethod
     def lend(self, raw: Any) -> None:
@@ -160,7 +161,7 @@ class SQLite(Backend):
         raw.execute("SELECT 1 FROM sqlite_master").fetchone()  # The first read is what the snapshot shows.
         raw.execute("PRAGMA query_only = ON")
 
-    def end_reading(self, raw: Any) -> None:
+    def end_reading(self, raw: Any, savepoint: str) -> None:
         raw.execute("PRAGMA query_only = OFF")
 
     def lend(self, raw: Any) -> None:
@@ -240,8 +241,8 @@ class PostgreSQL(Backend):
         raw.execute("SET TRANSACTION READ ONLY")
         raw.execute("SELECT 1")  # The first query is what the snapshot shows.
 
-    def end_reading(self, raw: Any) -> None:
-        raw.execute("ROLLBACK TO SAVEPOINT swarmdb")
+    def end_reading(self, raw: Any, savepoint: str) -> None:
+        raw.execute(f"ROLLBACK TO SAVEPOINT {savepoint}")
 
     def lend(self, raw: Any) -> None:
         if raw.autocommit:  # Inside a transaction it can't be set, nor need be.
@@ -376,19 +377,22 @@ def translated(error: Exception, where: str) -> SwarmDBError:
     return StorageError(message)
 
 
-@contextmanager
-def translating(where: str) -> Iterator[None]:
+class translating(AbstractContextManager[None]):  # noqa: N801 (as those of contextlib)
     """Raise what a driver's error means in its place, and an interrupt in place of the error that it led to."""
-    outside = sys.exception()
-    try:
-        yield
-    except SwarmDBError:
-        raise
-    except Exception as error:
-        _raise_interrupt_before(error, outside)
-        if is_of_database(error):
-            raise translated(error, where) from error
-        raise
+
+    def __init__(self, where: str) -> None:
+        self._where = where
+
+    def __enter__(self) -> None:
+        self._outside = sys.exception()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if isinstance(error, Exception) and not isinstance(error, SwarmDBError):
+            _raise_interrupt_before(error, self._outside)
+            if is_of_database(error):
+                raise translated(error, self._where) from error
 
 
 def _raise_interrupt_before(error: Exception, outside: BaseException | None) -> None:

@@ -2,6 +2,7 @@
 
 import os
 import sqlite3
+import sys
 import threading
 import time
 import weakref
@@ -57,7 +58,8 @@ class Held:
     def discard(self) -> None:
         """Close it for good, whatever state it is in; what it had not committed is rolled back."""
         self.backend.close(self.raw)  # First: SQLAlchemy, interrupted, may leave it open.
-        with suppress(*self.backend.error, SQLAlchemyError):  # It is closed, whatever else fails at that.
+        # It is closed, whatever else fails at that: SQLAlchemy, interrupted before, even at an assertion of its own.
+        with suppress(*self.backend.error, SQLAlchemyError, AssertionError):
             self.connection.invalidate()
             self.connection.close()
 
@@ -228,8 +230,8 @@ class Connections:
 
     def give(self, held: Held) -> None:
         """Take back a connection with no transaction open on it. One that was lost takes the idle ones with it."""
-        if not self._backend.is_idle(held.raw):
-            # It was lost, or an interrupt came in the middle of a statement.
+        if is_interrupted() or not self._backend.is_idle(held.raw):
+            # Interrupted, it may be in the middle of a statement, or not be set as others expect it.
             is_lost = not held.is_open
             self.discard(held)
             if is_lost:
@@ -423,6 +425,13 @@ def copy_to(raw: sqlite3.Connection, target: Path, mode: int) -> None:
         with suppress(OSError):
             unfinished.unlink()
 
+
+def is_interrupted() -> bool:
+    """Whether an interrupt, such as ctrl-C, is under way in this thread."""
+    return not isinstance(sys.exception(), _NO_INTERRUPT)
+
+
+_NO_INTERRUPT = (type(None), Exception)
 
 _instances: weakref.WeakSet[Connections] = weakref.WeakSet()
 

@@ -1,6 +1,7 @@
 """From where the caller wants the database to an SQLAlchemy engine with the right pragmas."""
 
 import os
+import sqlite3
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -270,11 +271,17 @@ def _for_file(location: Location, settings: Settings) -> Engine:
         if not location.is_in_memory:
             raw.execute(log_limit)
 
+    # Interrupted, SQLAlchemy would close the connection with its statement under way: SQLite puts that off, and keeps
+    # the lock. Whose transaction it is rolls back; and where a second interrupt comes before that, so does closing.
+
     @event.listens_for(engine, "handle_error")
     def keep_open(context: ExceptionContext) -> None:
-        # Interrupted, SQLAlchemy would close the connection with its statement under way: SQLite puts that off, and
-        # keeps the lock. Whose transaction it is rolls back.
         context.is_disconnect = False
+
+    @event.listens_for(engine, "close")
+    def roll_back(raw: Any, record: object) -> None:
+        with suppress(sqlite3.Error):
+            raw.rollback()
 
     return engine
 

@@ -2,23 +2,26 @@
 
 import asyncio
 import os
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, suppress
 from datetime import datetime
-from typing import Any, Protocol, TypeVar, cast
+from types import TracebackType
+from typing import Any, Protocol, TypeVar
 
 from sqlalchemy import FromClause, inspect
 from sqlalchemy.exc import DBAPIError, InvalidRequestError, PendingRollbackError, SQLAlchemyError
 from sqlmodel import Session
 
 from moai_flow.memory.backends import Backend, translating
-from moai_flow.memory.connections import Connections, Held
+from moai_flow.memory.connections import Connections, Held, is_interrupted
 from moai_flow.memory.engine import Location
 from moai_flow.memory.errors import BusyError, StorageError, TransactionError
 from moai_flow.memory.models import Record, table_of
 from moai_flow.memory.statements import Bound, Insert, Program, Programs, Query, Row, RowDecoder, Statement
 
 R = TypeVar("R", bound=Record)
+G = TypeVar("G")
 
 #: How many old rows are removed at a time, as part of somebody's write; for so many that it adds, it does so once more.
 ROWS_A_STEP = 1000
@@ -87,6 +90,7 @@ class Block:
         held: Held,
         task: object,
         outer: "Block | None",
+        connections: Connections,
         *,
         readonly: bool,
         alone: bool = True,
@@ -99,10 +103,17 @@ class Block:
         self.outer = outer
         self.readonly = readonly
         self.sessions: tuple[Session, ...] = () if outer is None else outer.sessions
+        self._session: Session | None = None  # Its own.
         self._process = os.getpid()
-        self._has_savepoint = False
+        # A name of its own: undone twice, since it was interrupted at the first time, it must not undo the outer block.
+        self._savepoint: str = "swarmdb" if outer is None else f"{outer._savepoint}_in"
+        self.has_begun = False
         self.has_ended = False
         self.added = 0  # Rows, by domain methods.
+        self._connections = connections
+        # Where it is noted. Not through the thread's locals later: a generator may end elsewhere.
+        self._blocks: list[Block] = connections.local.blocks
+        self._guard: weakref.ref[object] | None = None
 
     @property
     def is_over(self) -> bool:
@@ -114,26 +125,90 @@ class Block:
         """Whether the process forked inside the block: what it holds is the parent's."""
         return self._process != os.getpid()
 
+    @property
+    def is_abandoned(self) -> bool:
+        """Whether nobody can end the block any more; see `abandon_with`."""
+        return self._guard is not None and self._guard() is None
+
     def begin(self) -> None:
         """Open the transaction or savepoint, and take the write lock unless the block only reads."""
         raw, backend = self.held.raw, self.held.backend
-        if self.outer is None:
-            backend.begin(raw, readonly=self.readonly, alone=self._alone, patient=self._patient)
-        raw.execute("SAVEPOINT swarmdb")  # Nested ones may share a name: the innermost is meant.
-        self._has_savepoint = True
-        if self.readonly:
-            backend.begin_reading(raw)
+        self._blocks.append(self)
+        with translating(self._connections.where):
+            if self.outer is None:
+                backend.begin(raw, readonly=self.readonly, alone=self._alone, patient=self._patient)
+            raw.execute(f"SAVEPOINT {self._savepoint}")
+            self.has_begun = True
+            if self.readonly:
+                backend.begin_reading(raw)
 
-    def end(self) -> None:
-        """Keep what the block did; the outermost commits it.
+    def lend(self) -> RawConnection:
+        """Return the driver's connection, set as a caller expects it."""
+        self.held.backend.lend(self.held.raw)
+        raw: RawConnection = self.held.raw
+        return raw
+
+    def open_session(self) -> Session:
+        """Return a session, which ends with the block."""
+        connection = self.held.connection
+        if connection.get_transaction() is None:
+            connection.begin()  # It sends nothing; it lets the session join.
+        session = Session(connection, join_transaction_mode="create_savepoint", expire_on_commit=False)
+        self._session, self.sessions = session, (*self.sessions, session)
+        return session
+
+    def leave(self, *, keep: bool) -> None:
+        """End the block: keep what it did, which the outermost commits, or undo it.
 
         Raises:
-            TransactionError: If the transaction is no longer the one that the block began.
+            TransactionError: If the transaction is no longer the one that the block began, or something is pending in
+                a read-only session.
         """
+        try:
+            if self.is_inherited:
+                if keep:
+                    raise TransactionError(_INHERITED)
+                return
+            try:
+                if keep:
+                    with translating(self._connections.where):
+                        self._keep()
+                else:
+                    self._undo()
+            except BaseException:
+                self._undo()
+                self._settle()
+                raise
+            self._settle()
+        finally:
+            self.abandon()
+
+    def abandon(self) -> None:
+        """Have the block be over, undone with its connection, unless it is over already."""
+        if self.has_ended:
+            return
+        if not self.is_over and not self.is_inherited:
+            self._connections.discard(self.held)  # A block around it notices.
+        self._end()
+
+    def abandon_with(self, owner: object) -> None:
+        """Abandon the block once nobody has *owner* any more, if each try to end it was interrupted."""
+        # A destructor would always run, and swallow an interrupt that comes just then.
+        self._guard = weakref.ref(owner, lambda _: self.abandon())
+
+    def _keep(self) -> None:
+        _innermost(self._blocks, self.task)  # What is abandoned inside would be kept as well.
         self.check_alive()
+        if self._session is not None:
+            if self.readonly and (self._session.new or self._session.dirty or self._session.deleted):
+                raise TransactionError("a read-only session writes nothing, and this one has changes pending")
+            self._session.flush()
+            _refresh(self._session)
+            _release(self._session, self.held.backend)
+            self._close_session()
         self._restore_writes()
         try:
-            self.held.raw.execute("RELEASE SAVEPOINT swarmdb")
+            self.held.raw.execute(f"RELEASE SAVEPOINT {self._savepoint}")
         except self.held.backend.error as error:
             if not self.held.backend.is_missing_savepoint(error):
                 raise
@@ -148,21 +223,45 @@ class Block:
         else:
             root.rollback() if self.readonly else root.commit()
 
-    def undo(self) -> None:
-        """Undo what the block did. What can't be undone here is when the connection is closed."""
+    def _undo(self) -> None:
+        """Undo what the block did; again, which does no harm, if it was interrupted."""
+        self._close_session()
         if self.is_over:
             return
-        with suppress(*self.held.backend.error, SQLAlchemyError):
+        with suppress(*self.held.backend.error, SQLAlchemyError, AssertionError):
             self._restore_writes()
-            # Without a savepoint of its own it would undo the outer block.
-            if self.outer is not None and self._has_savepoint and self.held.in_transaction:
-                self.held.raw.execute("ROLLBACK TO SAVEPOINT swarmdb")
-                self.held.raw.execute("RELEASE SAVEPOINT swarmdb")
+            if self.outer is not None and self.has_begun and self.held.in_transaction:
+                self.held.raw.execute(f"ROLLBACK TO SAVEPOINT {self._savepoint}")
+                self.held.raw.execute(f"RELEASE SAVEPOINT {self._savepoint}")
+                self.has_begun = False
             if self.outer is None:
                 # SQLAlchemy, interrupted at it, stays in a reference cycle, and keeps the connection and its lock.
                 self.held.raw.rollback()
                 if (root := self.held.connection.get_transaction()) is not None:
                     root.rollback()
+            return
+        self._connections.discard(self.held)  # Which undoes it in any case.
+
+    def _settle(self) -> None:
+        """Have the block be over, and give back its connection, if that is as it should be."""
+        held = self.held
+        if self.outer is not None:
+            self._end()
+        # A transaction that SQLAlchemy was interrupted at beginning or ending is not active, and still in the way.
+        elif (
+            not is_interrupted()
+            and held.is_open
+            and not held.in_transaction
+            and held.connection.get_transaction() is None
+        ):
+            held.backend.take_back(held.raw, held.usual)
+            self._end()  # From here on, the connection may be another's.
+            self._connections.give(held)
+
+    def _end(self) -> None:
+        if self in self._blocks:  # Not by position: those of other tasks end in any order.
+            self._blocks.remove(self)
+        self.has_ended, self._guard = True, None
 
     def check_alive(self) -> None:
         """Raise `TransactionError` if the block's transaction is not open any more."""
@@ -176,15 +275,75 @@ class Block:
                 if inspect(loaded).mapper.local_table is table:
                     session.expire(loaded)
 
+    def _close_session(self) -> None:
+        # After a commit there is nothing to undo; what else it fails at, the block's own end undoes.
+        if self._session is not None:
+            with suppress(SQLAlchemyError, AssertionError):  # The latter after an interrupt.
+                self._session.close()
+
     def _restore_writes(self) -> None:
         if self.readonly and (self.outer is None or not self.outer.readonly):
-            self.held.backend.end_reading(self.held.raw)
+            self.held.backend.end_reading(self.held.raw, self._savepoint)
+
+
+def _innermost(blocks: list[Block], task: object) -> Block | None:
+    """Return the block that *task* opened last of those that are open, and abandon those that nobody can end."""
+    for block in reversed(blocks[:]):
+        if block.is_abandoned:
+            block.abandon()  # Its guard was interrupted at it.
+        elif block.task is task and block.has_begun:
+            return block
+    return None
 
 
 _ENDED_INSIDE = (
     "the transaction of this block was ended inside it: by a raw commit() or rollback(), by a call that commits, such "
     "as executescript(), or by the database itself; what came after is rolled back"
 )
+_INHERITED = "this block was opened before a fork: its transaction is the parent process's"
+
+
+class _Opening(AbstractContextManager[G]):
+    """Opens a block for a ``with`` statement, and ends it, wherever interrupts come, and however many.
+
+    It is no generator: an exception that comes out of one in the place of the one that went in leaves a reference cycle
+    behind, with the frames of all callers. An interrupt inside SQLAlchemy still does so, but those frames have let go
+    of this object by then, and the block is abandoned once nobody has it.
+    """
+
+    _block: Block | None = None
+
+    def __init__(self, scope: "Scope", give: Callable[[Block], G], **options: bool) -> None:
+        self._scope = scope
+        self._give = give
+        self._options = options
+
+    def __enter__(self) -> G:
+        if self._block is not None:
+            raise RuntimeError("a transaction is entered once; each block needs one of its own")
+        try:
+            block = self._block = self._scope._new_block(**self._options)
+            block.abandon_with(self)
+            try:
+                block.begin()
+                return self._give(block)
+            except BaseException:
+                block.leave(keep=False)
+                raise
+        finally:
+            del self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        scope, block = self._scope, self._block
+        assert block is not None
+        try:
+            block.leave(keep=kind is None)
+        finally:
+            del self, error, traceback
+        if kind is None and block.outer is None:
+            scope._clean_after(block.added)
 
 
 class Scope:
@@ -198,8 +357,7 @@ class Scope:
     _location: Location
     _programs: Programs
 
-    @contextmanager
-    def transaction(self) -> Iterator[RawConnection]:
+    def transaction(self) -> AbstractContextManager[RawConnection]:
         """Open a transaction and give the driver's connection in it.
 
         What the block did is committed when it ends, and rolled back if it raises anything at all. Domain methods
@@ -220,12 +378,9 @@ class Scope:
                 a transaction open, or if the transaction was ended inside the block.
             ClosedError: After `close`.
         """
-        with self._block() as block:
-            block.held.backend.lend(block.held.raw)
-            yield cast(RawConnection, block.held.raw)
+        return _Opening(self, Block.lend)
 
-    @contextmanager
-    def session(self, *, readonly: bool = False) -> Iterator[Session]:
+    def session(self, *, readonly: bool = False) -> AbstractContextManager[Session]:
         """Open a transaction and give a typed SQLModel session in it.
 
         What is pending is flushed and committed when the block ends, and rolled back if it raises anything at all.
@@ -247,25 +402,7 @@ class Scope:
             TransactionError: As `transaction`, or if something was pending at the end of a read-only session.
             ClosedError: After `close`.
         """
-        with self._block(readonly=readonly) as block:
-            if block.held.connection.get_transaction() is None:
-                block.held.connection.begin()  # It sends nothing; it lets the session join.
-            session = Session(block.held.connection, join_transaction_mode="create_savepoint", expire_on_commit=False)
-            block.sessions = (*block.sessions, session)
-            try:
-                yield session
-                block.check_alive()
-                if block.readonly and (session.new or session.dirty or session.deleted):
-                    raise TransactionError("a read-only session writes nothing, and this one has changes pending")
-                with translating(self._connections.where):
-                    session.flush()
-                    _refresh(session)
-                    _release(session, block.held.backend)
-            finally:
-                if not block.is_inherited:
-                    # After a commit there is nothing to undo; what else it fails at, the block's own end undoes.
-                    with suppress(SQLAlchemyError):
-                        session.close()
+        return _Opening(self, Block.open_session, readonly=readonly)
 
     def _is_cleanup_due(self) -> bool:
         """Whether it is time to look: also after the clock was set back, which may have been years ahead."""
@@ -380,12 +517,7 @@ class Scope:
 
     def _own_block(self) -> Block | None:
         """Return the innermost block that this thread and task have open."""
-        task = _current_task()
-        blocks: list[Block] = self._connections.local.blocks
-        for block in reversed(blocks):
-            if block.task is task:
-                return block
-        return None
+        return _innermost(self._connections.local.blocks, _current_task())
 
     def _prepare(self, block: Block) -> None:
         """Make what the block's sessions have pending visible to the statement that follows."""
@@ -410,8 +542,9 @@ class Scope:
                 "rollback() first, or use transaction(), which domain methods join"
             )
 
-    @contextmanager
-    def _block(self, *, readonly: bool = False, alone: bool = True, patient: bool = True) -> Iterator[Block]:
+    def _block(
+        self, *, readonly: bool = False, alone: bool = True, patient: bool = True
+    ) -> AbstractContextManager[Block]:
         """Open a transaction, or a savepoint in the one that this thread and task have open.
 
         Args:
@@ -420,6 +553,10 @@ class Scope:
             patient: Whether it waits for other writers; else it raises `BusyError` at once. Only a cleanup doesn't, and
                 begins no other one.
         """
+        return _Opening(self, _itself, readonly=readonly, alone=alone, patient=patient)
+
+    def _new_block(self, *, readonly: bool = False, alone: bool = True, patient: bool = True) -> Block:
+        """Return a block that is to begin, in the one that this thread and task have open, or on a connection."""
         connections = self._connections
         connections.check_open()
         outer = self._own_block() if connections.local.blocks else None
@@ -430,67 +567,27 @@ class Scope:
             with translating(connections.where):
                 for session in outer.sessions:
                     session.connection()  # Its savepoint must stand outside this block's, which would end it.
-            with self._entered(Block(outer.held, outer.task, outer, readonly=readonly)) as block:
-                yield block
-            return
+            return Block(outer.held, outer.task, outer, connections, readonly=readonly)
         if not readonly or self._location.is_in_memory:
             self._refuse_to_wait()
         if not readonly and patient and self._is_cleanup_due():
             self._clean_if_due()
         task = _current_task()
-        held = connections.take()
-        block = Block(held, task, None, readonly=readonly, alone=alone, patient=patient)
-        try:
-            with self._entered(block):
-                yield block
-        finally:
-            if not block.is_inherited:
-                self._settle(held)
-        for _ in range(block.added // ROWS_A_STEP):  # Else batches would add rows faster than those go.
+        return Block(connections.take(), task, None, connections, readonly=readonly, alone=alone, patient=patient)
+
+    def _clean_after(self, added: int) -> None:
+        """Remove more old rows for so many that were added: else batches would add rows faster than those go."""
+        for _ in range(added // ROWS_A_STEP):
             if not self._is_cleanup_due():
                 break
             self._clean_if_due()
 
-    @contextmanager
-    def _entered(self, block: Block) -> Iterator[Block]:
-        blocks = self._connections.local.blocks
-        where = self._connections.where
-        try:
-            with translating(where):
-                block.begin()
-            blocks.append(block)
-            yield block
-            if block.is_inherited:
-                raise TransactionError("this block was opened before a fork: its transaction is the parent process's")
-            with translating(where):
-                block.end()
-        except BaseException:
-            if not block.is_inherited:
-                block.undo()
-            raise
-        finally:
-            block.has_ended = True
-            # Not by position, and not through the thread's locals: a generator may end elsewhere, and later.
-            if block in blocks:
-                blocks.remove(block)
-
-    def _settle(self, held: Held) -> None:
-        """Give back the connection of a block that has ended, or close it if the end failed."""
-        try:
-            # A transaction that SQLAlchemy was interrupted at beginning or ending is not active, and still in the way.
-            is_whole = held.is_open and not held.in_transaction and held.connection.get_transaction() is None
-            if is_whole:
-                held.backend.take_back(held.raw, held.usual)
-        except BaseException:
-            self._connections.discard(held)
-            raise
-        if is_whole:
-            self._connections.give(held)
-        else:
-            self._connections.discard(held)
-
 
 _READ_ONLY = "session(readonly=True) refuses writes; use session() or transaction()"
+
+
+def _itself(block: Block) -> Block:
+    return block
 
 
 def _refresh(session: Session) -> None:
