@@ -18,6 +18,7 @@ from moai_flow.memory import (
     BusyError,
     CheckReport,
     CorruptDataError,
+    EventData,
     ForeignTime,
     InvalidInputError,
     SchemaError,
@@ -346,6 +347,20 @@ def test_a_bad_row_among_good_ones_is_the_only_one_moved(local_db: SwarmDB) -> N
 
     assert [fault.column for fault in local_db.check(quarantine=True).undecodable] == ["timestamp", "metadata"]
     assert [found.agent_id for found in local_db.get_events()] == ["good too", "good"]
+
+
+def test_an_error_that_is_kept_keeps_no_statement_under_way(path: Path) -> None:
+    event: EventData = {"event_type": "spawn", "agent_id": "a", "agent_type": "t"}
+    with SwarmDB(path) as db, closing(sqlite3.connect(path)) as other:
+        db.insert_events([event] * 2)
+        with other:
+            other.execute("UPDATE agent_events SET agent_type = CAST(x'ff' AS TEXT)")
+        with pytest.raises(CorruptDataError) as kept:
+            db.get_events()
+        with other:
+            other.execute("DELETE FROM agent_events")
+        db.insert_event(event)  # Behind an old snapshot, SQLite would refuse it at once.
+        assert kept.value.column == "agent_type"
 
 
 def test_quarantine_of_a_memory_takes_what_it_replaced_along(local_db: SwarmDB) -> None:

@@ -150,6 +150,7 @@ class Program:
         try:
             rows: list[Row] = cursor.execute(self.sql, bound).fetchall()
         except self.backend.error as error:
+            cursor.close()  # As below: who keeps the error keeps its frames.
             if self.rows is not None and self.backend.is_undecodable(error):
                 with self.backend.reading_leniently(raw):
                     rows = self.backend.cursor(raw).execute(self.sql, bound).fetchall()
@@ -160,7 +161,7 @@ class Program:
                 raise self._named(error, raw) from error
             raise translated(error, self._where) from error
         except BaseException:
-            cursor.close()  # Interrupted between its rows, the statement would be under way until the collector comes.
+            cursor.close()  # Stopped between its rows, the statement would be under way for as long as it is there.
             raise
         return rows
 
