@@ -348,7 +348,7 @@ def _is_finite(number: float) -> bool:
 
 SQL_VALUES = st.one_of(
     st.none(),
-    st.integers(-(2**63), 2**63 - 1),
+    st.integers(-(2**63), 2**62),  # Behind the largest as a row's number, SQLite has none left for the next.
     st.floats(),
     st.binary(max_size=12) | st.sampled_from([b"\xff", b'{"a": "\xff"}']),
     st.sampled_from(
