@@ -1,6 +1,7 @@
 """The commands: what they take, which call of the facade answers, and what they print."""
 
 import io
+import math
 import sqlite3
 import sys
 from collections.abc import Iterator
@@ -401,6 +402,8 @@ def top(
     db: Database = None,
 ) -> None:
     """Watch a swarm at work, what needs attention first, until ctrl-C. Without a terminal it looks once."""
+    if math.isnan(interval):  # Older versions of Typer find it to be within the bounds.
+        raise typer.BadParameter("it is no number.", param_hint="--interval")
     silence = timedelta(seconds=stale_after)
     with _opened(db) as store:
         place = str(_locate(db))
