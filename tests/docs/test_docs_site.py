@@ -127,6 +127,18 @@ def test_the_guide_of_the_command_line_has_every_command() -> None:
     assert set(re.findall("^## (.*)", page, re.MULTILINE)) == {path for path, _ in commands()}
 
 
+def test_every_promise_of_the_readme_names_tests_that_are_there() -> None:
+    readme, page = (REPOSITORY / name for name in ("README.md", "docs/guides/reliability.md"))
+    section = page.read_text().partition("which test would notice\n")[2].partition("\n## ")[0]
+    tests = dict(re.findall(r"^\| (\w[\w ]*) \| (`.*) \|$", section, re.MULTILINE))
+
+    promises = readme.read_text().partition("[start:guarantees]")[2].partition("[end:guarantees]")[0]
+    assert list(tests) == re.findall(r"^\| (\w[\w ]*) \|", promises, re.MULTILINE)[1:]
+    for named in tests.values():
+        for file, name in re.findall(r"`(tests/.*?)`: `(.*?)`", named):
+            assert f"\ndef {name}(" in (REPOSITORY / file).read_text()
+
+
 #: What the page of errors says of all calls.
 _OF_ALL = {"StorageError", "ClosedError", "InvalidInputError"}
 
