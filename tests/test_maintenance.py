@@ -132,6 +132,41 @@ def test_a_backup_replaces_no_file_unless_told_to(file_db: SwarmDB, tmp_path: Pa
         assert copy.list_agents() == []
 
 
+def test_of_backups_that_want_the_same_place_at_once_one_gets_it(file_db: SwarmDB, tmp_path: Path) -> None:
+    file_db.insert_event({"event_type": "spawn", "agent_id": "a", "agent_type": "t"})
+    barrier = threading.Barrier(4)
+
+    def back_up(target: Path) -> bool:
+        barrier.wait()
+        try:
+            file_db.backup(target)
+        except InvalidInputError:
+            return False
+        return True
+
+    with ThreadPoolExecutor(4) as pool:
+        for number in range(20):
+            target = tmp_path / f"{number}.db"
+            assert sum(pool.map(back_up, [target] * 4)) == 1
+            with SwarmDB(target) as copy:
+                assert len(copy.get_events()) == 1
+    assert list(tmp_path.glob("*.tmp")) == []
+
+
+def test_what_was_put_in_its_place_while_a_backup_was_made_stays(file_db: SwarmDB, tmp_path: Path) -> None:
+    file_db.store_memory("s", "semantic", "k", "x" * 50_000_000)
+    target = tmp_path / "copy.db"
+    with ThreadPoolExecutor(1) as pool:
+        backup = pool.submit(file_db.backup, target)
+        while not list(tmp_path.glob("copy.db.*.tmp")):
+            assert not backup.done()
+        target.write_text("mine")
+        with pytest.raises(InvalidInputError, match="does not exist yet"):
+            backup.result()
+    assert target.read_text() == "mine"
+    assert list(tmp_path.glob("copy.db.*")) == []
+
+
 def test_a_backup_into_a_folder_or_the_database_itself_is_refused(file_db: SwarmDB, tmp_path: Path) -> None:
     with pytest.raises(InvalidInputError, match="not of a folder"):
         file_db.backup(tmp_path)

@@ -19,7 +19,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from moai_flow.memory.backends import Backend, SQLite, backend_of, translated
 from moai_flow.memory.engine import LOG_LIMIT_MIB, Location, log_bytes
 from moai_flow.memory.errors import BusyError, ClosedError, StorageError
-from moai_flow.memory.files import OpenedFile, make_file
+from moai_flow.memory.files import OpenedFile, make_file, put_in_place
 from moai_flow.memory.patience import PatientConnection, interruption
 
 
@@ -394,10 +394,11 @@ class Connections:
             held.close()
 
 
-def copy_to(raw: sqlite3.Connection, target: Path, mode: int) -> None:
+def copy_to(raw: sqlite3.Connection, target: Path, mode: int, *, overwrite: bool = False) -> None:
     """Copy the database behind *raw* into a file of this *mode*, which appears when it is complete.
 
     Raises:
+        FileExistsError: If there is something at *target*, and *overwrite* is not set.
         sqlite3.Error: If the database can't be read, or the copy can't be written.
         OSError: If the copy can't take its place.
         BusyError: If a writer keeps what is in memory for longer than the busy timeout.
@@ -418,9 +419,10 @@ def copy_to(raw: sqlite3.Connection, target: Path, mode: int) -> None:
         make_file(unfinished, mode)
         with closing(sqlite3.connect(unfinished)) as copy:
             raw.backup(copy, progress=give_up)
-        for leftover in ("-wal", "-shm", "-journal"):  # Another database's: SQLite would play them into this one.
-            target.with_name(target.name + leftover).unlink(missing_ok=True)
-        unfinished.replace(target)
+        if overwrite or not target.exists():
+            for leftover in ("-wal", "-shm", "-journal"):  # Another database's: SQLite would play them into this one.
+                target.with_name(target.name + leftover).unlink(missing_ok=True)
+        put_in_place(unfinished, target, overwrite=overwrite)
     finally:
         with suppress(OSError):
             unfinished.unlink()

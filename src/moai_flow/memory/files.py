@@ -1,7 +1,9 @@
-"""Files that only their owner may read, and whether a file is still the one that was opened."""
+"""Files: made for their owner alone, put in place as a whole, and whether one is still that which was opened."""
 
+import errno
 import os
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from moai_flow.memory.errors import StorageError
@@ -35,6 +37,40 @@ def make_file(path: Path, mode: int = PRIVATE) -> None:
     os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, mode & PRIVATE))
     if mode != PRIVATE:
         path.chmod(mode)
+
+
+def put_in_place(finished: Path, target: Path, *, overwrite: bool) -> None:
+    """Give a *finished* file the name *target*, at once and for good: a power cut leaves it.
+
+    Raises:
+        FileExistsError: If there is something at *target*, and *overwrite* is not set; of several who come at the same
+            moment, one gets the place.
+        OSError: If it can't be put there.
+    """
+    if overwrite:
+        finished.replace(target)
+    else:
+        try:
+            target.hardlink_to(finished)
+        except FileExistsError:
+            raise
+        except OSError:  # The file system has no hard links, and so no way to ask for a name and take it at once.
+            if target.exists():
+                raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(target)) from None
+            finished.replace(target)
+        else:
+            finished.unlink()
+    flush_folder(target.parent)
+
+
+def flush_folder(folder: Path) -> None:
+    """Have the folder's names survive a power loss, where the system can do so."""
+    with suppress(PermissionError):  # Windows opens no folder.
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def mode_of(path: Path) -> int:

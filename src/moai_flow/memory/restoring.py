@@ -21,7 +21,7 @@ from moai_flow.memory.backends import translated
 from moai_flow.memory.connections import copy_to, is_open_here
 from moai_flow.memory.engine import Location, locate, path_of_file
 from moai_flow.memory.errors import BusyError, InvalidInputError, SchemaError, StorageError, SwarmDBError
-from moai_flow.memory.files import make_file, mode_of
+from moai_flow.memory.files import flush_folder, make_file, mode_of
 from moai_flow.memory.migrations import check_openable
 
 _LOG, _INDEX, _JOURNAL = "-wal", "-shm", "-journal"
@@ -217,7 +217,6 @@ def _replace(copy: sqlite3.Connection, target: Path, *, keep: bool, patience: fl
         if keep and raw.execute("SELECT count(*) FROM sqlite_master").fetchone() != (0,):
             kept = _name_aside(target)
             copy_to(raw, kept, mode_of(target))
-            _flush_folder(target.parent)
         copy.backup(raw)
     return kept
 
@@ -245,16 +244,6 @@ def _name_aside(target: Path) -> Path:
     return target.with_name(f"{target.name}.{datetime.now(UTC):%Y%m%d-%H%M%S-%f}.bak")
 
 
-def _flush_folder(folder: Path) -> None:
-    """Have the folder's names survive a power loss, where the system can do so."""
-    with suppress(PermissionError):  # Windows opens no folder.
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
 # A file that SQLite can't lock, as it is damaged, empty or missing, and what is left beside it
 
 
@@ -280,7 +269,7 @@ def _move_aside(target: Path, *, keep: bool) -> Path | None:
                 path.rename(_beside(aside, ending))
             else:
                 path.unlink(missing_ok=True)
-        _flush_folder(target.parent)
+        flush_folder(target.parent)
         _beside(target, _INDEX).unlink(missing_ok=True)
         if file is not None:
             file.truncate(0)

@@ -18,6 +18,7 @@ from uuid import uuid4
 from moai_flow.memory import InvalidInputError, StorageError, SwarmDB
 from moai_flow.memory.cli import show
 from moai_flow.memory.engine import path_of_file
+from moai_flow.memory.files import put_in_place
 from moai_flow.memory.models import Record, columns
 from moai_flow.memory.reading import StoredTable, count
 from moai_flow.memory.statements import Row
@@ -204,24 +205,14 @@ def whole_file(target: Path, *, overwrite: bool) -> Iterator[BinaryIO]:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        if not overwrite and target.exists():
-            raise _exists(target)
-        unfinished.replace(target)
-        _sync_folder(target.parent)
+        put_in_place(unfinished, target, overwrite=overwrite)
+    except FileExistsError as error:
+        raise _exists(target) from error
     except OSError as error:
         raise StorageError(f"{target}: it can't be written: {error.strerror}") from error
     finally:
         with suppress(OSError):
             unfinished.unlink()
-
-
-def _sync_folder(folder: Path) -> None:
-    """Have a power cut leave the new name of a file, too."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def write(

@@ -275,12 +275,17 @@ class MaintenanceOperations(Scope):
         target = path_of_file(path, field="path")
         if self._location.path is not None and target.exists() and target.samefile(self._location.path):
             raise InvalidInputError("path", str(path), "a file that is not the database itself")
+        taken = InvalidInputError("path", str(path), "a file that does not exist yet, or overwrite=True")
         if target.exists() and not overwrite:
-            raise InvalidInputError("path", str(path), "a file that does not exist yet, or overwrite=True")
+            raise taken
         held = self._connections.take()
         try:
             make_folder(target.parent)
-            copy_to(held.raw, target, PRIVATE if self._location.path is None else mode_of(self._location.path))
+            mode = PRIVATE if self._location.path is None else mode_of(self._location.path)
+            try:
+                copy_to(held.raw, target, mode, overwrite=overwrite)
+            except FileExistsError as error:
+                raise taken from error
         except SwarmDBError:
             raise
         except (sqlite3.Error, UnicodeDecodeError, OSError) as error:
