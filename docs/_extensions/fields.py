@@ -63,6 +63,6 @@ def _default(given: dict[str, str | griffe.Expr]) -> str:
     if "default" in given:
         return f"`{given['default']}`"
     if "default_factory" not in given:
-        return "required"
+        return "*required*"
     factory = str(given["default_factory"])
     return f"`{factory.removeprefix('lambda: ')}`" if factory.startswith("lambda: ") else f"`{factory}()`"
