@@ -20,8 +20,14 @@ class Fields(griffe.Extension):
             _append(cls, "Member", "Value", "Meaning", rows=words)
 
     def on_attribute(self, *, attr: griffe.Attribute, loader: griffe.GriffeLoader, **kwargs: Any) -> None:
-        """Take the ``#:`` comment above a module's attribute as its docstring."""
+        """Take the ``#:`` comment above a module's attribute as its docstring; of an enum's alias, say what it is."""
         file = attr.filepath
+        if attr.name.endswith("Like"):
+            enum = attr.name.removesuffix("Like")
+            attr.docstring = griffe.Docstring(
+                f"A member of [`{enum}`][moai_flow.memory.{enum}], or its word.", parent=attr
+            )
+            return
         if attr.docstring is None and attr.lineno and attr.parent and attr.parent.is_module and isinstance(file, Path):
             above = attr.lines_collection[file][attr.lineno - 2]
             if above.startswith("#: "):
@@ -63,6 +69,6 @@ def _default(given: dict[str, str | griffe.Expr]) -> str:
     if "default" in given:
         return f"`{given['default']}`"
     if "default_factory" not in given:
-        return "required"
+        return "*required*"
     factory = str(given["default_factory"])
     return f"`{factory.removeprefix('lambda: ')}`" if factory.startswith("lambda: ") else f"`{factory}()`"

@@ -3,10 +3,12 @@
 It takes the system's Chromium; where there is none, or no playwright, it is skipped.
 """
 
+import json
 import shutil
 import subprocess
 import sys
 import threading
+import urllib.request
 from collections.abc import Iterator
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -71,6 +73,13 @@ def page(request: pytest.FixtureRequest, browser: Any, address: str) -> Iterator
     assert elsewhere == []
 
 
+def search(page: Any, words: str) -> None:
+    """Type *words* into the search box once there is somebody to read them."""
+    page.locator("input.md-search__input").click()
+    page.locator(".md-search-result__meta", has_text="Type to start searching").wait_for()
+    page.keyboard.type(words)
+
+
 @pytest.mark.parametrize("path", PAGES)
 def test_a_page_fits_its_window_and_takes_its_colours(page: Any, address: str, path: str) -> None:
     page.goto(address + path)
@@ -81,10 +90,45 @@ def test_a_page_fits_its_window_and_takes_its_colours(page: Any, address: str, p
     assert scheme == ("slate" if is_dark else "default")
 
 
+def test_no_page_scrolls_sideways_on_a_phone(browser: Any, address: str) -> None:
+    with urllib.request.urlopen(f"{address}search/search_index.json") as index:
+        paths = {entry["location"].partition("#")[0] for entry in json.load(index)["docs"]}
+    width, height = SIZES["phone"]
+    page = browser.new_page(viewport={"width": width, "height": height})
+    too_wide = []
+    for path in sorted(paths):
+        page.goto(address + path)
+        if page.evaluate("document.documentElement.scrollWidth > window.innerWidth"):
+            too_wide.append(path)
+    page.close()
+
+    assert "reference/command-line/" in paths
+    assert too_wide == []
+
+
+@pytest.mark.parametrize(
+    ("words", "page_title"),
+    [
+        ("store_memory", "Memory"),
+        ("postgres", "Scaling and PostgreSQL"),
+        ("BusyError", "Errors"),
+    ],
+)
+def test_the_search_answers_first_with_the_page_that_is_meant(
+    browser: Any, address: str, words: str, page_title: str
+) -> None:
+    page = browser.new_page(viewport={"width": 1280, "height": 900})
+    page.goto(address)
+    search(page, words)
+
+    sync_api.expect(page.locator(".md-search-result__item h1").first).to_have_text(page_title)
+    page.close()
+
+
 def test_the_search_finds_a_method_and_its_types_lead_to_their_enum(browser: Any, address: str, tmp_path: Path) -> None:
     page = browser.new_page(viewport={"width": 1280, "height": 900})
     page.goto(address)
-    page.fill("input.md-search__input", "store_memory")
+    search(page, "store_memory")
     result = page.locator("a.md-search-result__link", has_text="store_memory")
     result.first.wait_for()
     hrefs = result.evaluate_all("links => links.map(link => link.getAttribute('href'))")

@@ -171,6 +171,15 @@ def test_what_builds_the_site_is_not_part_of_it(site: Path) -> None:
     assert list(site.rglob("*.py")) == []
 
 
+def test_the_page_for_contributors_has_every_module() -> None:
+    page = (REPOSITORY / "docs" / "contributing.md").read_text()
+    rows = re.findall(r"^\| (`.*?) \|", page.partition("## The checks\n")[0], re.MULTILINE)
+    package = REPOSITORY / "src" / "moai_flow" / "memory"
+    modules = {path.stem for path in package.iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()}
+
+    assert {name for row in rows for name in re.findall("`(.*?)`", row)} == modules - {"__init__", "__main__"}
+
+
 def test_llms_txt_has_every_guide_and_no_dead_link(site: Path) -> None:
     links = re.findall(r"\]\(([^)]+)\)", (site / "llms.txt").read_text())
 

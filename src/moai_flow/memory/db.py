@@ -75,9 +75,9 @@ class SwarmDB(Tracking, MemoryOperations, SummaryOperations, RetentionOperations
                 the last commits, and leaves the file sound.
             busy_timeout: How long a call waits for another writer, in seconds, before it raises `BusyError`. On
                 PostgreSQL, how long it waits for a lock, and for a connection of the pool.
-            page_cache_mib: How much of the file each open connection may keep in memory, in MiB. More makes bulk work
-                on large files faster; as many connections are open as there are threads inside calls at once.
-                It is SQLite's.
+            page_cache_mib: How much of the file each open connection may keep in memory, in MiB; 16 unless given. More
+                makes bulk work on large files faster; as many connections are open as there are threads inside calls
+                at once. It is SQLite's.
             statement_timeout: How long the server may work on one statement, in seconds. Default: as the server says.
                 It is PostgreSQL's.
             pool_size: How many connections to the server may be open at once. It is PostgreSQL's.

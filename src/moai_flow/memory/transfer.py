@@ -102,7 +102,7 @@ def copy_database(
         source: Where the rows are. It is only read.
         target: Where they go: a database without rows, or with *resume* one that has a part of them.
         resume: Go on with a copy that was interrupted. After a complete one, it copies what was added to the source.
-        batch_size: How many rows are read, and written in one transaction, at a time.
+        batch_size: How many rows are read, and written in one transaction, at a time; 5,000 unless given.
         progress: Called after each batch, in this thread.
 
     Returns:
