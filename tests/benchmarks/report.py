@@ -3,6 +3,7 @@
 import json
 import platform
 import sqlite3
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -41,9 +42,12 @@ def write_markdown(found: Sequence[Measurement], target: Path) -> None:
     others = [measurement for measurement in found if measurement.against != RAW]
     if others:
         heads = ["Operation", "Against", "Durability", "Ratio", "µs a call", "µs a call there"]
+        times = Counter((measurement.name, measurement.against) for measurement in others)
         rows = (
             [
-                measurement.name,
+                measurement.name
+                if times[measurement.name, measurement.against] == 1
+                else f"{measurement.name}, of {measurement.rows:,} rows",
                 measurement.against,
                 measurement.durability,
                 f"**{measurement.ratio:.2f}**" if measurement.ratio > 1 else f"{measurement.ratio:.2f}",
