@@ -633,15 +633,16 @@ def test_an_interrupt_while_results_are_given_back_loses_none_of_the_others() ->
 
     others: list[asyncio.Task[int]] = []
 
-    async def give_back() -> None:
+    def give_back() -> None:
         interrupted, other = Interrupted(bool), Job(lambda: 5)
         interrupted.run()
         other.run()
-        others.append(asyncio.create_task(other.wait()))
+        others.append(loop.create_task(other.wait()))
 
     with closing(asyncio.new_event_loop()) as loop:
+        loop.call_soon(give_back)
         with pytest.raises(KeyboardInterrupt):
-            loop.run_until_complete(give_back())
+            loop.run_forever()
         assert loop.run_until_complete(asyncio.wait_for(others[0], 10)) == 5
 
 
@@ -683,6 +684,7 @@ def test_where_no_thread_is_to_be_had_those_that_are_there_do_it(path: Path) -> 
     async def main():
         db = AsyncSwarmDB(path, pool_size=3)
         await db.list_agents()
+        db._workers.at_once = 2
         go_on, begun = threading.Event(), threading.Event()
         def work(_):
             begun.set()
