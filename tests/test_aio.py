@@ -10,6 +10,7 @@ import threading
 import time
 import weakref
 from collections.abc import AsyncIterator
+from contextlib import closing
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ from moai_flow.memory import (
 )
 from moai_flow.memory.aio import AsyncSwarmDB
 from moai_flow.memory.engine import create
+from moai_flow.memory.workers import Job
 
 EVENT: EventData = {"event_type": "spawn", "agent_id": "a", "agent_type": "t"}
 
@@ -557,6 +559,223 @@ def test_who_stood_in_for_workers_that_took_long_does_so_no_longer_than_they_do(
         assert most == 1
 
     run(scenario, f"sqlite:///{path}", pool_size=4)
+
+
+def test_a_loop_that_is_stuck_keeps_the_calls_of_no_other_waiting(path: Path) -> None:
+    """It had been about to look whether what waits is waiting for a call that takes long."""
+    db, is_stuck, others_are_done = AsyncSwarmDB(path), threading.Event(), threading.Event()
+
+    async def get_stuck() -> None:
+        await db.list_agents()
+        long = [asyncio.create_task(db._do(lambda _: others_are_done.wait())) for _ in range(2)]
+        await until(lambda: len(db._workers._looking) == 1)
+        is_stuck.set()
+        assert others_are_done.wait(20)
+        await asyncio.gather(*long)
+
+    stuck = threading.Thread(target=lambda: asyncio.run(get_stuck()))
+
+    async def others() -> None:
+        stuck.start()
+        await asyncio.to_thread(is_stuck.wait)
+        async with asyncio.timeout(10):
+            await db.list_agents()
+
+    try:
+        asyncio.run(others())
+    finally:
+        others_are_done.set()
+        stuck.join()
+        asyncio.run(db.close())
+    join_workers()
+
+
+def test_a_loop_looks_after_what_waits_by_one_timer_however_late_it_is(url: str) -> None:
+    async def scenario(db: AsyncSwarmDB) -> None:
+        go_on = threading.Event()
+        tasks = [asyncio.create_task(db._do(lambda _: go_on.wait()))]
+        for _ in range(20):
+            tasks.append(asyncio.create_task(db._do(lambda _: True)))
+            await asyncio.sleep(0)
+            time.sleep(2 * moai_flow.memory.workers._LONG)  # The loop is late.
+        loop = asyncio.get_running_loop()
+        timers = [*loop._scheduled, *loop._ready]  # type: ignore[attr-defined]
+        looks = sum("_look" in repr(timer) for timer in timers)
+        go_on.set()
+        await asyncio.gather(*tasks)
+        assert looks == 1
+
+    run(scenario, url, pool_size=1)
+
+
+def test_calls_and_blocks_that_are_given_up_while_they_wait_for_a_worker_leave_nothing(url: str) -> None:
+    async def scenario(db: AsyncSwarmDB) -> None:
+        go_on = threading.Event()
+        long, begun = at_work(db, lambda _: go_on.wait())
+        await until(begun.is_set)
+        for _ in range(20):
+            given_up = [asyncio.create_task(db.list_agents()), asyncio.create_task(_register(db, "a"))]
+            await asyncio.sleep(0)
+            for task in given_up:
+                await cancelled(task)
+        left = len(db._workers._waiting), len(db._workers._pinned)
+        go_on.set()
+        await long
+        assert left == (0, 0)
+
+    run(scenario, url, pool_size=1)
+
+
+def test_an_interrupt_while_results_are_given_back_loses_none_of_the_others() -> None:
+    class Interrupted(Job[bool]):
+        def settle(self) -> None:
+            raise KeyboardInterrupt
+
+    others: list[asyncio.Task[int]] = []
+
+    def give_back() -> None:
+        interrupted, other = Interrupted(bool), Job(lambda: 5)
+        interrupted.run()
+        other.run()
+        others.append(loop.create_task(other.wait()))
+
+    with closing(asyncio.new_event_loop()) as loop:
+        loop.call_soon(give_back)
+        with pytest.raises(KeyboardInterrupt):
+            loop.run_forever()
+        assert loop.run_until_complete(asyncio.wait_for(others[0], 10)) == 5
+
+
+def test_what_waits_is_done_beside_calls_that_take_long_though_it_is_being_closed(url: str) -> None:
+    async def scenario(db: AsyncSwarmDB) -> None:
+        db._workers.at_once = 1
+        go_on = threading.Event()
+        long = asyncio.create_task(db._do(lambda _: go_on.wait(20)))
+        await asyncio.sleep(0)
+        short = asyncio.create_task(db._do(lambda _: go_on.set()))
+        await asyncio.sleep(0)
+        await db.close()
+        assert await long
+        await short
+
+    run(scenario, url, pool_size=3)
+
+
+#: Runs what needs new threads where there are none to be had.
+WITHOUT_THREADS = """
+async def until_done(*tasks):
+    await asyncio.wait(tasks, timeout=20)
+    assert all(task.done() for task in tasks)
+    return [task.exception() or task.result() for task in tasks]
+def no_threads():
+    threading.stack_size(1 << 46)
+    try:
+        threading.Thread(target=int).start()
+    except RuntimeError:
+        return
+    raise AssertionError("there are threads of this size")
+"""
+
+
+def test_where_no_thread_is_to_be_had_those_that_are_there_do_it(path: Path) -> None:
+    program = """
+    import threading
+    %s
+    async def main():
+        db = AsyncSwarmDB(path, pool_size=3)
+        await db.list_agents()
+        db._workers.at_once = 2
+        go_on, begun = threading.Event(), threading.Event()
+        def work(_):
+            begun.set()
+            go_on.wait()
+        long = asyncio.create_task(db._do(work))
+        while not begun.is_set():
+            await asyncio.sleep(0.001)
+        no_threads()
+        short = asyncio.create_task(db.register_agent("a", "t"))
+        await asyncio.sleep(0.05)
+        assert not short.done()
+        go_on.set()
+        print((await until_done(short))[0].agent_id)
+        threading.stack_size(0)
+        await db.close()
+    asyncio.run(main())
+    """
+    assert in_a_process(program.replace("%s", textwrap.indent(WITHOUT_THREADS, "    ")), path) == "a\n"
+
+
+def test_where_no_thread_is_to_be_had_at_all_a_call_says_so_and_is_not_made_later(path: Path) -> None:
+    program = """
+    import threading
+    %s
+    async def block(db):
+        async with db.transaction():
+            pass
+    async def main():
+        db = AsyncSwarmDB(path, pool_size=3)
+        no_threads()
+        for call in (db.register_agent("a", "t"), block(db)):
+            [error] = await until_done(asyncio.create_task(call))
+            print(error)
+        threading.stack_size(0)
+        print(await db.get_agent("a"))
+        await block(db)
+        await db.close()
+    asyncio.run(main())
+    """
+    said = in_a_process(program.replace("%s", textwrap.indent(WITHOUT_THREADS, "    ")), path)
+    assert said == "can't start new thread\ncan't start new thread\nNone\n"
+
+
+def test_a_transaction_goes_on_though_no_thread_is_to_be_had(path: Path) -> None:
+    program = """
+    import threading
+    %s
+    from moai_flow.memory import workers
+    workers._LOOK = 0.01
+    async def main():
+        db = AsyncSwarmDB(path)
+        async with db.transaction():
+            await db.register_agent("a", "t")
+            no_threads()
+            await asyncio.sleep(0.1)
+            async with asyncio.timeout(20):
+                print(await db.heartbeat("a"))
+            threading.stack_size(0)
+        print((await db.get_agent("a")).agent_id)
+        await db.close()
+    asyncio.run(main())
+    """
+    assert in_a_process(program.replace("%s", textwrap.indent(WITHOUT_THREADS, "    ")), path) == "True\na\n"
+
+
+def test_a_transaction_that_outlives_the_main_thread_says_what_has_become_of_it(path: Path) -> None:
+    program = """
+    import threading, time
+    from moai_flow.memory import workers
+    workers._LOOK = 0.01
+    async def main():
+        db = AsyncSwarmDB(path)
+        try:
+            async with db.transaction():
+                await db.register_agent("a", "t")
+                entered.set()
+                while db._workers._pinned:
+                    await asyncio.sleep(0.001)
+                await db.register_agent("b", "t")
+        except Exception as error:
+            print(type(error).__name__, error)
+        await db.close()
+    entered = threading.Event()
+    threading.Thread(target=lambda: asyncio.run(main())).start()
+    entered.wait()
+    """
+    assert in_a_process(program, path) == (
+        "TransactionError this transaction was rolled back, since the interpreter is ending\n"
+    )
+    with SwarmDB(path) as db:
+        assert db.list_agents() == []
 
 
 def test_a_call_waits_while_transactions_have_all_workers(url: str) -> None:

@@ -5,7 +5,7 @@ import contextvars
 import sqlite3
 import threading
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import psycopg
@@ -122,6 +122,50 @@ def test_a_block_is_entered_once(db: SwarmDB) -> None:
     with pytest.raises(RuntimeError, match="entered once"):
         block.__enter__()
     assert agents(db) == {"a"}
+
+
+@pytest.mark.parametrize("error", [None, OopsError()])
+def test_a_block_is_left_once(file_db: SwarmDB, error: OopsError | None) -> None:
+    block = file_db.transaction()
+    with block:
+        file_db.register_agent("a", "t")
+    with file_db.transaction() as raw:
+        file_db.register_agent("b", "t")
+        with pytest.raises(TransactionError, match="left once"):
+            block.__exit__(None if error is None else type(error), error, None)
+        with file_db.transaction() as inner:
+            assert inner is raw
+    idle = file_db._connections._idle
+    assert len(idle) == len({id(held) for held in idle})
+    assert agents(file_db) == {"a", "b"}
+
+
+def test_blocks_are_nested_as_deep_as_one_likes(db: SwarmDB) -> None:
+    with ExitStack() as stack:
+        for number in range(100):
+            stack.enter_context(db.transaction())
+            db.register_agent(f"{number}", "t")
+        names = [block._savepoint for block in db._connections.local.blocks]
+        assert len({name[:63] for name in names}) == 100  # More of a name PostgreSQL does not look at.
+    assert len(agents(db)) == 100
+    assert db._connections.local.blocks == []
+
+
+@pytest.mark.parametrize("error", [GeneratorExit, asyncio.CancelledError])
+def test_a_connection_is_used_again_after_what_leaves_generators_and_coroutines(
+    file_db: SwarmDB, error: type[BaseException]
+) -> None:
+    file_db.register_agent("a", "t")
+    held = file_db._connections._idle[-1]
+    with pytest.raises(error), file_db.transaction():
+        file_db.register_agent("b", "t")
+        raise error
+    try:
+        raise error
+    except error:
+        file_db.heartbeat("a")
+    assert file_db._connections._idle[-1] is held
+    assert agents(file_db) == {"a"}
 
 
 def test_a_connection_on_which_an_interrupt_came_is_not_used_again(file_db: SwarmDB) -> None:

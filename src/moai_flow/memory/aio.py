@@ -665,9 +665,9 @@ class AsyncSwarmDB(_Worked):
         """
         if self._own_pin() is not None:
             raise TransactionError("close() can't run inside a transaction of the same task")
-        self._is_closed = True
         job = Job(self._shut)
         threading.Thread(target=job.run, name="swarmdb-close").start()
+        self._is_closed = True
         await job.look_on()
 
     async def __aenter__(self) -> Self:

@@ -6,6 +6,7 @@ import sys
 import threading
 import time
 import weakref
+from asyncio import CancelledError
 from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -433,7 +434,8 @@ def is_interrupted() -> bool:
     return not isinstance(sys.exception(), _NO_INTERRUPT)
 
 
-_NO_INTERRUPT = (type(None), Exception)
+#: The latter two come up where a generator yields, or a coroutine awaits: in the middle of nothing that is done here.
+_NO_INTERRUPT = (type(None), Exception, GeneratorExit, CancelledError)
 
 _instances: weakref.WeakSet[Connections] = weakref.WeakSet()
 

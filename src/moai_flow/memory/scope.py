@@ -106,7 +106,9 @@ class Block:
         self._session: Session | None = None  # Its own.
         self._process = os.getpid()
         # A name of its own: undone twice, since it was interrupted at the first time, it must not undo the outer block.
-        self._savepoint: str = "swarmdb" if outer is None else f"{outer._savepoint}_in"
+        # A number, since PostgreSQL cuts what is longer than 63 bytes.
+        self._depth: int = 0 if outer is None else outer._depth + 1
+        self._savepoint = f"swarmdb_{self._depth}"
         self.has_begun = False
         self.has_ended = False
         self.added = 0  # Rows, by domain methods.
@@ -162,13 +164,15 @@ class Block:
 
         Raises:
             TransactionError: If the transaction is no longer the one that the block began, or something is pending in
-                a read-only session.
+                a read-only session, or if the block has ended before.
         """
         try:
             if self.is_inherited:
                 if keep:
                     raise TransactionError(_INHERITED)
                 return
+            if self.has_ended:  # It was left before, and its connection may be another's by now.
+                raise TransactionError("a block is left once, and this one was left before")
             try:
                 if keep:
                     with translating(self._connections.where):

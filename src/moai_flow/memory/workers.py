@@ -7,15 +7,16 @@ import threading
 import time
 import weakref
 from asyncio import AbstractEventLoop, CancelledError, Future
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, suppress
 from enum import Enum, auto
+from functools import partial
 from queue import Empty, SimpleQueue
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, NoReturn, Protocol, TypeVar
 
-from moai_flow.memory.errors import BusyError
+from moai_flow.memory.errors import BusyError, TransactionError
 
 T = TypeVar("T")
 
@@ -24,7 +25,6 @@ _LOOK = 1.0
 
 #: After how long a statement that goes on all the same is cancelled again, in seconds.
 _AGAIN = 0.05
-
 
 #: After how long a job counts as one that takes long, beside which others are to go on, in seconds.
 _LONG = 0.005
@@ -132,19 +132,28 @@ class _Returned:
 
     def _take(self) -> None:
         self._is_expected = False  # From here on, whoever comes too late for this round asks for another.
-        for _ in range(min(len(self._ended), _AT_ONCE)):
-            self._ended.popleft().settle()
-        loop = self._loop()
-        if self._ended and not self._is_expected and loop is not None:
-            self._is_expected = True
-            loop.call_soon(self._take)
+        try:
+            for _ in range(min(len(self._ended), _AT_ONCE)):
+                self._ended.popleft().settle()
+        finally:  # An interrupt ends the loop, but it may be run again.
+            loop = self._loop()
+            if self._ended and not self._is_expected and loop is not None:
+                self._is_expected = True
+                loop.call_soon(self._take)
 
 
 class Runnable(Protocol):
     """What a worker can be given to do."""
 
+    #: Where it waits for a worker, once it has been submitted: it may leave that.
+    place: "Queue | None"
+
     def run(self) -> None:
         """Do it, in the worker."""
+
+
+#: What waits for a worker, in this order. What nobody waits for leaves it at once, wherever it stands.
+Queue = OrderedDict[Runnable, None]
 
 
 class Job(Generic[T]):
@@ -169,6 +178,7 @@ class Job(Generic[T]):
         "has_failed",
         "is_given_up",
         "is_in_block",
+        "place",
     )
 
     def __init__(self, work: Callable[[], T], *, is_in_block: bool = False) -> None:
@@ -195,6 +205,7 @@ class Job(Generic[T]):
         self.is_in_block = is_in_block
         self.is_given_up = False
         self.has_failed = False
+        self.place: Queue | None = None
 
     @property
     def has_succeeded(self) -> bool:
@@ -221,6 +232,11 @@ class Job(Generic[T]):
             _thread.job = None
         del work
         self._returned.put(self, self._loop)
+
+    def refuse(self, error: Exception) -> None:
+        """Raise *error* where it is awaited, in place of doing it."""
+        self._work = partial(_raise, error)
+        self.run()
 
     def statement_begins(self, cancel: Callable[[], bool]) -> bool:
         """Note how to cancel a statement; see the function of this name."""
@@ -323,11 +339,14 @@ class Job(Generic[T]):
             elif self._state is _State.RUNNING and not self.is_given_up:
                 self.is_given_up = True
                 if self._cancel is not None:
-                    self._cancelling = _Cancelling(self._cancel)
+                    with suppress(RuntimeError):  # There is no thread to be had: the statement goes on to its end.
+                        self._cancelling = _Cancelling(self._cancel)
 
     def _drop(self) -> None:
         self._state = _State.DROPPED
         self._work = None
+        if self.place is not None:
+            self.place.pop(self, None)
 
     def _expire(self) -> None:
         with self._lock:
@@ -340,6 +359,10 @@ class Job(Generic[T]):
             )
 
 
+def _raise(error: Exception) -> NoReturn:
+    raise error
+
+
 class Pinned:
     """A worker thread that is kept for one task, for as long as it has a transaction open."""
 
@@ -347,6 +370,8 @@ class Pinned:
         self._workers = workers
         self._jobs: SimpleQueue[Job[Any] | None] = SimpleQueue()
         self._loop = weakref.ref(asyncio.get_running_loop())
+        self._is_over = False
+        self.place: Queue | None = None
         #: What the worker has entered, and not left yet.
         self.entered: list[AbstractContextManager[Any]] = []
         #: How many blocks the task has open.
@@ -355,10 +380,18 @@ class Pinned:
     def submit(self, job: Job[Any]) -> None:
         """Have the worker do *job*, after those before it."""
         self._jobs.put(job)
+        if self._is_over:
+            self._refuse()
 
     def release(self) -> None:
         """Let the worker go, after the jobs before this."""
-        self._jobs.put(None)
+        try:
+            assert self.place is not None
+            del self.place[self]
+        except KeyError:
+            self._jobs.put(None)
+        else:  # It was still waiting for one, and so were they, which nobody waits for any more.
+            self._workers.unpinned(self)
 
     def run(self) -> None:
         """Do its jobs, in the worker, until it is released, or nobody is left to do so."""
@@ -370,7 +403,16 @@ class Pinned:
             while self.entered:  # Else the worker would take the transaction along.
                 with suppress(Exception):
                     self.entered.pop().__exit__(GeneratorExit, GeneratorExit(), None)
-            self._workers.unpinned()
+            self._workers.unpinned(self)
+            self._is_over = True
+            self._refuse()
+
+    def _refuse(self) -> None:
+        """Raise what has become of the transaction where a job is awaited that came too late for it."""
+        with suppress(Empty):
+            while True:
+                if (job := self._jobs.get_nowait()) is not None:
+                    job.refuse(TransactionError("this transaction was rolled back, since the interpreter is ending"))
 
     def _next(self) -> Job[Any] | None:
         while True:
@@ -388,8 +430,8 @@ def _interpreter_is_ending() -> bool:
     try:
         with ThreadPoolExecutor(1, "swarmdb-look") as pool:
             pool.submit(int)
-    except RuntimeError:
-        return True
+    except RuntimeError as error:
+        return "shutdown" in str(error)  # Or there is no thread to be had.
     return False
 
 
@@ -421,59 +463,79 @@ class Workers:
         # It starts the threads, and ends them with the interpreter; while they are busy, they need not ask it for more.
         self._executor = ThreadPoolExecutor(self._most, thread_name_prefix="swarmdb")
         self._lock = threading.Lock()
-        self._waiting: deque[Runnable] = deque()
+        self._is_idle = threading.Condition(self._lock)
+        self._waiting = Queue()
         self._serving: set[_Serving] = set()
-        self._pinned = 0
-        self._look_from = 0.0
+        self._pinned: set[Pinned] = set()
+        #: The event loops that are going to look. Each does, while something waits: another may be stuck, or closed.
+        self._looking: weakref.WeakSet[AbstractEventLoop] = weakref.WeakSet()
 
     @property
     def are_all_pinned(self) -> bool:
         """Whether transactions have all workers, so that what is submitted waits until one ends."""
-        return self._pinned >= self._most
+        return len(self._pinned) >= self._most
 
     def submit(self, work: Runnable) -> bool:
-        """Have a worker do *work*, when one is free; False says that they were let go."""
+        """Have a worker do *work*, when one is free; False says that they were let go.
+
+        Raises:
+            RuntimeError: If there is no worker, and no thread to be had for one.
+        """
         with self._lock:
             if self._is_closed:
                 return False
-            self._waiting.append(work)
-            if len(self._serving) - self._pinned < self.at_once:
-                self._serve_more()
+            work.place = self._waiting
+            self._waiting[work] = None
+            if len(self._serving) - len(self._pinned) < self.at_once:
+                try:
+                    self._serve_more()
+                except RuntimeError:
+                    self._waiting.pop(work, None)
+                    raise
             else:
                 self._look_later()
         return True
 
     def pin(self) -> Pinned | None:
-        """Return a worker for one task, when one is free: its first job waits for that. None if they were let go."""
-        pinned = Pinned(self)
-        with self._lock:
-            self._pinned += 1
-        if self.submit(pinned):
-            return pinned
-        self.unpinned()
-        return None
+        """Return a worker for one task, when one is free: its first job waits for that. None if they were let go.
 
-    def unpinned(self) -> None:
+        Raises:
+            RuntimeError: As `submit`.
+        """
+        pinned, is_taken = Pinned(self), False
+        self._pinned.add(pinned)
+        try:
+            is_taken = self.submit(pinned)
+        finally:
+            if not is_taken:
+                self.unpinned(pinned)
+        return pinned if is_taken else None
+
+    def unpinned(self, pinned: Pinned) -> None:
         """Count one less that is kept for a task."""
-        with self._lock:
-            self._pinned -= 1
+        self._pinned.discard(pinned)
 
     def _serve_more(self) -> None:
-        if len(self._serving) < self._most and not self._is_closed:
+        if len(self._serving) < self._most:
             serving = _Serving()
-            self._executor.submit(self._serve, serving)
+            try:
+                self._executor.submit(self._serve, serving)
+            except RuntimeError:
+                if not self._serving:
+                    raise
+                return  # Those that are there come to it.
             self._serving.add(serving)
 
     def _look_later(self) -> None:
         """See to it that it is noticed if what waits is waiting for jobs that take long."""
-        now = time.monotonic()
-        if now >= self._look_from:
-            self._look_from = now + _LONG
-            asyncio.get_running_loop().call_later(_LONG, self._look)
+        loop = asyncio.get_running_loop()
+        if loop not in self._looking:
+            self._looking.add(loop)
+            loop.call_later(_LONG, self._look)
 
     def _look(self) -> None:
         with self._lock:
-            self._look_from = 0.0
+            self._looking.discard(asyncio.get_running_loop())
             if self._waiting:
                 if not self._are_enough():
                     self._serve_more()
@@ -482,16 +544,17 @@ class Workers:
     def _are_enough(self) -> bool:
         long_since = time.monotonic() - _LONG
         long = sum(serving.since < long_since for serving in self._serving)
-        return len(self._serving) - self._pinned - long >= self.at_once
+        return len(self._serving) - len(self._pinned) - long >= self.at_once
 
     def _serve(self, serving: _Serving) -> None:
         while True:
             try:
-                work = self._waiting.popleft()
-            except IndexError:
+                work, _ = self._waiting.popitem(last=False)
+            except KeyError:
                 with self._lock:
                     if not self._waiting:
-                        self._serving.remove(serving)
+                        self._serving.discard(serving)
+                        self._is_idle.notify_all()
                         return
                 continue
             if not isinstance(work, Pinned):
@@ -499,9 +562,9 @@ class Workers:
             work.run()
             del work
             serving.since = math.inf
-            if len(self._serving) - self._pinned > self.at_once:
+            if len(self._serving) - len(self._pinned) > self.at_once:
                 with self._lock:  # What took long has ended, and who stood in for it is one too many.
-                    self._serving.remove(serving)
+                    self._serving.discard(serving)
                     if self._are_enough():
                         return
                     self._serving.add(serving)
@@ -513,6 +576,7 @@ class Workers:
         """
         with self._lock:
             self._is_closed = True
+            self._is_idle.wait_for(lambda: not self._serving)  # As long as something waits, others may have to join in.
         self._executor.shutdown()
 
     def forget_all(self) -> None:
@@ -524,7 +588,7 @@ _instances: weakref.WeakSet[Workers] = weakref.WeakSet()
 
 
 def _forget_after_fork() -> None:
-    _thread.job = None
+    _thread.job = _thread.returned = None
     for workers in _instances:
         workers.forget_all()
 
