@@ -682,16 +682,19 @@ def test_where_no_thread_is_to_be_had_those_that_are_there_do_it(path: Path) -> 
     import threading
     %s
     async def main():
-        db = AsyncSwarmDB(path, pool_size=3)
+        db = AsyncSwarmDB(path, pool_size=10)
         await db.list_agents()
-        db._workers.at_once = 2
-        go_on, begun = threading.Event(), threading.Event()
+        db._workers.at_once = 9
+        go_on, begun = threading.Event(), []
         def work(_):
-            begun.set()
+            begun.append(1)
             go_on.wait()
-        long = asyncio.create_task(db._do(work))
-        while not begun.is_set():
-            await asyncio.sleep(0.001)
+        long = []
+        # The pool may have started another thread though one was about to be idle: each is kept busy.
+        while len(long) < sum(thread.name.startswith("swarmdb") for thread in threading.enumerate()):
+            long.append(asyncio.create_task(db._do(work)))
+            while len(begun) < len(long):
+                await asyncio.sleep(0.001)
         no_threads()
         short = asyncio.create_task(db.register_agent("a", "t"))
         await asyncio.sleep(0.05)
