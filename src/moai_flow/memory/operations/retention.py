@@ -157,7 +157,7 @@ class CleanupReport:
 
 #: How many rows are removed at a time: as part of somebody's write, and by a cleanup that was asked for. The latter is
 #: as fast as one statement for all, and lets other writers in between.
-_FEW, _MANY = ROWS_A_STEP, 30_000
+_FEW, _MANY = ROWS_A_STEP, 50_000
 
 #: How many memories are looked at in a search for those that can go.
 _LOOKED_AT = 5000
