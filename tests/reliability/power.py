@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from moai_flow.memory import SwarmDB
@@ -22,6 +23,9 @@ SPAWN = multiprocessing.get_context("spawn")
 
 #: What a disk writes as a whole.
 SECTOR = 512
+
+#: At how many moments one database is copied, before the writers begin another: each copy is read as a whole.
+_MOMENTS_OF_ONE = 20
 
 
 @dataclass
@@ -75,11 +79,26 @@ def run(
     """
     chance = random.Random(seed)
     figures = PowerFigures()
+    done = 0
+    while done < moments:
+        some = min(_MOMENTS_OF_ONE, moments - done)
+        done += some
+        with TemporaryDirectory(dir=folder) as inner:
+            acknowledged = _try_one(Path(inner), durability, some, processes, chance, figures)
+        say(f"  moment {done}: {acknowledged:,} transactions in {some} moments")
+    return figures
+
+
+def _try_one(
+    folder: Path, durability: Any, moments: int, processes: int, chance: random.Random, figures: PowerFigures
+) -> int:
+    """Try it with one database, add to *figures*, and return how many transactions were acknowledged."""
     path, durable = folder / "swarm.db", folder / "durable"
     durable.mkdir()
     SwarmDB(path).close()
     shutil.copyfile(path, durable / path.name)  # It was there long before.
     notes = [folder / f"acknowledged-{number}" for number in range(processes)]
+    acknowledged = 0
     with _writing(path, durability, notes, durable):
         for moment in range(moments):
             time.sleep(chance.uniform(0.001, 0.08))
@@ -91,9 +110,7 @@ def run(
                     if loss == NOTHING or (loss == UNFLUSHED and durability == "full"):
                         demand(lost <= 0, f"with {loss} nothing that was acknowledged is missing", lost)
                     shutil.rmtree(copy.parent)
-            if moment % 20 == 19:
-                say(f"  moment {moment + 1}: {acknowledged:,} acknowledged")
-    return figures
+    return acknowledged
 
 
 # The writers
