@@ -10,7 +10,7 @@ import os
 import sqlite3
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, closing, suppress
+from contextlib import AbstractContextManager, ExitStack, closing, suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from moai_flow.memory import (
     ConflictError,
     CorruptDataError,
     InvalidInputError,
+    RetentionPolicy,
     SchemaError,
     SwarmDB,
 )
@@ -395,6 +396,7 @@ def test_a_row_of_arbitrary_values_is_read_or_named(model: Any, tmp_path: Path) 
 
 NAMES = st.sampled_from(["a", "b", "ä", "'; --", RTL])
 KINDS = st.sampled_from(["semantic", "episodic"])
+MINUTES = st.integers(0, 3)
 STATUSES = st.sampled_from(["spawned", "running", "complete", "error"])
 PLAIN = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats(allow_nan=False, allow_infinity=False),
@@ -411,11 +413,22 @@ class Model:
     agents: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
     memories: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     tasks: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    measured: list[dict[str, Any]] = dataclasses.field(default_factory=list)
 
     def latest(self, now: datetime) -> dict[tuple[str, str, str], Any]:
         """Return the live memories by their key."""
         found = {(row["session"], row["kind"], row["key"]): row for row in self.memories}
         return {key: row["value"] for key, row in found.items() if row["expires"] is None or now < row["expires"]}
+
+    def history(self, place: tuple[str, str, str]) -> list[dict[str, Any]]:
+        """Return what was stored under one key, oldest first."""
+        return [row for row in self.memories if (row["session"], row["kind"], row["key"]) == place]
+
+    def silent(self, now: datetime, age: timedelta) -> list[str]:
+        """Return the agents that are active and were not heard of for longer than *age*, longest silent first."""
+        active = {name: row for name, row in self.agents.items() if row["status"] in ("spawned", "running")}
+        found = [name for name, row in active.items() if row["seen"] < now - age]
+        return sorted(found, key=lambda name: (active[name]["seen"], name))
 
 
 class AgainstModel(RuleBasedStateMachine):
@@ -429,14 +442,17 @@ class AgainstModel(RuleBasedStateMachine):
         self.clock = Clock()
         self.place = type(self).url()
         self.db = SwarmDB(url=self.place, clock=self.clock)
+        self.other = SwarmDB(url=self.place, clock=self.clock)
         self.model = Model()
-        self.saved: list[Model] = []
-        self.blocks = ExitStack()
+        self.saved: list[Model] = []  # As it was when each of the open blocks began.
+        self.blocks: list[AbstractContextManager[object]] = []
         self.made = 0
 
     def teardown(self) -> None:
-        self.blocks.close()
+        while self.blocks:
+            self.blocks.pop().__exit__(None, None, None)
         self.db.close()
+        self.other.close()
         if self.server is not None:
             self.server.drop_database(self.place)
 
@@ -445,7 +461,7 @@ class AgainstModel(RuleBasedStateMachine):
         if self.clock.now < datetime(2025, 12, 25, tzinfo=UTC):  # Before retention would begin.
             self.clock.advance(minutes=minutes)
 
-    @rule(agent=NAMES, kind=st.sampled_from(["spawn", "complete", "error"]), ago=st.integers(0, 3), metadata=PLAIN)
+    @rule(agent=NAMES, kind=st.sampled_from(["spawn", "complete", "error"]), ago=MINUTES, metadata=PLAIN)
     def insert_event(self, agent: str, kind: Any, ago: int, metadata: Any) -> None:
         self.made += 1
         row = {
@@ -482,7 +498,8 @@ class AgainstModel(RuleBasedStateMachine):
     def register(self, agent: str, status: Any) -> None:
         self.db.register_agent(agent, "t", status)
         ended = self.clock() if status in ("complete", "error") else None
-        self.model.agents[agent] = {"status": status, "spawned": self.clock(), "ended": ended, "took": None}
+        now = self.clock()
+        self.model.agents[agent] = {"status": status, "spawned": now, "seen": now, "ended": ended, "took": None}
 
     @rule(agent=NAMES, status=STATUSES, took=st.none() | st.integers(0, 2**63 - 1))
     def update(self, agent: str, status: Any, took: int | None) -> None:
@@ -493,13 +510,44 @@ class AgainstModel(RuleBasedStateMachine):
             return
         self.db.update_agent_status(agent, status, took)
         row = self.model.agents[agent]
-        row["status"] = status
+        row["status"], row["seen"] = status, self.clock()
         if status in ("complete", "error"):
             row["ended"] = self.clock()
         elif status in ("running", "spawned"):
             row["ended"], row["took"] = None, None
         if took is not None:
             row["took"] = took
+
+    @rule(agent=NAMES)
+    def heartbeat(self, agent: str) -> None:
+        row = self.model.agents.get(agent)
+        if row is None:
+            with pytest.raises(AgentNotFoundError):
+                self.db.heartbeat(agent)
+            return
+        is_active = row["status"] in ("spawned", "running")
+        assert self.db.heartbeat(agent) == is_active
+        if is_active:
+            row["seen"] = self.clock()
+
+    @rule(minutes=st.sampled_from([1, 60]))
+    def mark_stale(self, minutes: int) -> None:
+        age = timedelta(minutes=minutes)
+        wanted = self.model.silent(self.clock(), age)
+        assert [row.agent_id for row in self.db.find_stale_agents(age)] == wanted
+        assert [row.agent_id for row in self.db.mark_stale_agents(age)] == wanted
+        for name in wanted:
+            row = self.model.agents[name]
+            (event,) = self.db.get_events(name, "error", 1)
+            silent = self.clock() - row["seen"]
+            metadata = {
+                "reason": "stale",
+                "last_updated": row["seen"].isoformat(timespec="microseconds"),
+                "silent_seconds": silent.total_seconds(),
+            }
+            assert event["metadata"] == metadata
+            row.update(status="error", seen=self.clock(), ended=self.clock())
+            self.model.events.append({**event})
 
     @rule(agent=NAMES)
     def delete_agent(self, agent: str) -> None:
@@ -509,7 +557,9 @@ class AgainstModel(RuleBasedStateMachine):
     def store_memory(self, session: str, kind: Any, key: str, value: Any, ttl: int | None) -> None:
         self.db.store_memory(session, kind, key, value, ttl)
         expires = None if ttl is None else self.clock() + timedelta(hours=ttl)
+        self.made += 1
         row = {"session": session, "kind": kind, "key": key, "value": value, "expires": expires}
+        row |= {"at": self.clock(), "number": self.made}
         self.model.memories.append(row)
 
     @rule(session=NAMES, kind=KINDS, key=NAMES)
@@ -529,32 +579,65 @@ class AgainstModel(RuleBasedStateMachine):
         assert stored == wanted
         self.model.tasks.append({"task": task, "agent": agent, "result": result, "tokens": tokens, "at": stored})
 
+    @rule(agent=NAMES, kind=st.sampled_from(["duration", "throughput"]), value=st.floats(-1e300, 1e300), ago=MINUTES)
+    def store_agent_metric(self, agent: str, kind: Any, value: float, ago: int) -> None:
+        at = self.clock() - timedelta(minutes=ago)
+        number = self.db.store_agent_metric(agent, kind, value, {"ago": ago}, at)
+        self.model.measured.append({"agent": agent, "kind": kind, "value": value, "at": at, "number": number})
+
+    @rule(agents=st.lists(NAMES, min_size=1, max_size=4), spoil=st.booleans())
+    def store_agent_metrics(self, agents: list[str], *, spoil: bool) -> None:
+        rows: list[Any] = [{"agent_id": agent, "metric_type": "duration", "value": 0.5} for agent in agents]
+        if spoil:
+            with pytest.raises(InvalidInputError):
+                spoiled: Any = {**rows[0], "value": math.inf}
+                self.db.store_agent_metrics([*rows, spoiled])
+            return
+        assert self.db.store_agent_metrics(rows) == len(rows)
+        self.model.measured += [
+            {"agent": agent, "kind": "duration", "value": 0.5, "at": self.clock(), "number": None} for agent in agents
+        ]
+
     @rule(kind=st.sampled_from(["transaction", "session"]))
     def begin(self, kind: str) -> None:
         if len(self.saved) < 3:
-            self.blocks.enter_context(getattr(self.db, kind)())
+            block = getattr(self.db, kind)()
+            block.__enter__()
+            self.blocks.append(block)
             self.saved.append(copy.deepcopy(self.model))
 
     @precondition(lambda self: self.saved)
-    @rule()
-    def commit_all(self) -> None:
-        self.blocks.close()
-        self.saved.clear()
-
-    @precondition(lambda self: self.saved)
-    @rule()
-    def roll_back_all(self) -> None:
-        self.model = self.saved[0]
-        self.saved = []
-        with pytest.raises(KeyError), self.blocks:
-            raise KeyError
-        self.blocks = ExitStack()
+    @rule(every=st.booleans(), keep=st.booleans())
+    def end(self, *, every: bool, keep: bool) -> None:
+        for _ in range(len(self.blocks) if every else 1):
+            as_it_was = self.saved.pop()
+            if keep:
+                self.blocks.pop().__exit__(None, None, None)
+            else:
+                error = KeyError()
+                self.blocks.pop().__exit__(KeyError, error, None)
+                self.model = as_it_was
 
     @precondition(lambda self: not self.saved)
     @rule()
     def restart(self) -> None:
         self.db.close()
         self.db = SwarmDB(url=self.place, clock=self.clock)
+
+    @precondition(lambda self: not self.saved)
+    @rule()
+    def go_on_with_the_other(self) -> None:
+        self.db, self.other = self.other, self.db
+
+    @precondition(lambda self: self.saved)
+    @rule()
+    def read_from_outside(self) -> None:
+        committed = self.saved[0]
+        events = [event.event_id for event in self.other.iter_events()]
+        assert sorted(events) == sorted(row["event_id"] for row in committed.events)
+        assert {row.agent_id: row.status for row in self.other.list_agents()} == {
+            name: row["status"] for name, row in committed.agents.items()
+        }
 
     @precondition(lambda self: not self.saved)
     @rule()
@@ -568,6 +651,38 @@ class AgainstModel(RuleBasedStateMachine):
         kept = [row for row in self.model.events if row["timestamp"] >= cutoff]
         assert self.db.cleanup_old_events(days) == len(self.model.events) - len(kept)
         self.model.events = kept
+
+    @rule(minutes=st.sampled_from([0, 60, 60 * 24]), dry=st.booleans())
+    def clean_up(self, minutes: int, *, dry: bool) -> None:
+        age = timedelta(minutes=minutes)
+        cutoff = self.clock() - age
+        policy = RetentionPolicy(age, age, age, age, age, age)
+        left = copy.deepcopy(self.model)
+        left.events = [row for row in left.events if row["timestamp"] >= cutoff]
+        left.tasks = [row for row in left.tasks if row["at"] >= cutoff]
+        left.measured = [row for row in left.measured if row["at"] >= cutoff]
+        left.agents = {name: row for name, row in left.agents.items() if row["ended"] is None or row["ended"] >= cutoff}
+        for place in {(row["session"], row["kind"], row["key"]) for row in left.memories}:
+            history = left.history(place)
+            for number, row in enumerate(history):
+                is_replaced = number + 1 < len(history) and history[number + 1]["at"] < cutoff
+                if is_replaced or (row["expires"] is not None and row["expires"] < cutoff):
+                    gone = history[: number + 1]
+                    left.memories = [memory for memory in left.memories if memory not in gone]
+        report = self.db.cleanup(policy=policy, dry_run=dry)
+        assert {table.table: table.rows for table in report.tables if table.rows} == {
+            table: rows
+            for table, rows in {
+                "agent_events": len(self.model.events) - len(left.events),
+                "session_memory": len(self.model.memories) - len(left.memories),
+                "task_metrics": len(self.model.tasks) - len(left.tasks),
+                "agent_metrics": len(self.model.measured) - len(left.measured),
+                "agent_registry": len(self.model.agents) - len(left.agents),
+            }.items()
+            if rows
+        }
+        if not dry:
+            self.model = left
 
     @rule(agent=st.none() | NAMES, kind=st.none() | st.sampled_from(["spawn", "error"]), limit=st.integers(0, 5))
     def read_events(self, agent: Any, kind: Any, limit: int) -> None:
@@ -590,7 +705,13 @@ class AgainstModel(RuleBasedStateMachine):
     def read_agents(self, agent: str) -> None:
         found = {row.agent_id: row for row in self.db.list_agents()}
         assert {
-            name: {"status": row.status, "spawned": row.spawned_at, "ended": row.completed_at, "took": row.duration_ms}
+            name: {
+                "status": row.status,
+                "spawned": row.spawned_at,
+                "seen": row.last_updated,
+                "ended": row.completed_at,
+                "took": row.duration_ms,
+            }
             for name, row in found.items()
         } == self.model.agents
         active = {name for name, row in self.model.agents.items() if row["status"] in ("spawned", "running")}
@@ -605,11 +726,7 @@ class AgainstModel(RuleBasedStateMachine):
         assert {(row.session_id, row.memory_type, row.key): row.value for row in self.db.list_memories(session)} == {
             place: value for place, value in live.items() if place[0] == session
         }
-        history = [
-            row["value"]
-            for row in self.model.memories
-            if (row["session"], row["kind"], row["key"]) == (session, kind, key)
-        ]
+        history = [row["value"] for row in self.model.history((session, kind, key))]
         assert [row.value for row in self.db.memory_history(session, kind, key)] == history[::-1]
 
     @rule(agent=NAMES)
@@ -619,6 +736,20 @@ class AgainstModel(RuleBasedStateMachine):
         assert sorted((row.task_id, row.timestamp, row.result, row.tokens_used) for row in found) == sorted(
             (row["task"], row["at"], row["result"], row["tokens"]) for row in wanted
         )
+
+    @rule(
+        agent=st.none() | NAMES, kind=st.none() | st.sampled_from(["duration", "throughput"]), limit=st.integers(0, 9)
+    )
+    def read_agent_metrics(self, agent: Any, kind: Any, limit: int) -> None:
+        order = {id(row): number for number, row in enumerate(self.model.measured)}
+        wanted = [row for row in self.model.measured if agent in (None, row["agent"]) and kind in (None, row["kind"])]
+        wanted.sort(key=lambda row: (row["at"], order[id(row)]), reverse=True)
+        found = self.db.get_agent_metrics(agent, kind, limit=limit)
+        assert [(row.agent_id, row.metric_type, row.value, row.timestamp) for row in found] == [
+            (row["agent"], row["kind"], row["value"], row["at"]) for row in wanted[:limit]
+        ]
+        for row, modelled in zip(found, wanted, strict=False):
+            assert modelled["number"] in (None, row.metric_id)
 
 
 @pytest.mark.timeout(36000)
