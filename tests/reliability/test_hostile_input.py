@@ -397,6 +397,7 @@ def test_a_row_of_arbitrary_values_is_read_or_named(model: Any, tmp_path: Path) 
 NAMES = st.sampled_from(["a", "b", "ä", "'; --", RTL])
 KINDS = st.sampled_from(["semantic", "episodic"])
 MINUTES = st.integers(0, 3)
+BLOCKS = st.sampled_from(["transaction", "session"])
 STATUSES = st.sampled_from(["spawned", "running", "complete", "error"])
 PLAIN = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats(allow_nan=False, allow_infinity=False),
@@ -450,7 +451,7 @@ class AgainstModel(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         while self.blocks:
-            self.blocks.pop().__exit__(None, None, None)
+            self._end(keep=True)
         self.db.close()
         self.other.close()
         if self.server is not None:
@@ -598,36 +599,46 @@ class AgainstModel(RuleBasedStateMachine):
             {"agent": agent, "kind": "duration", "value": 0.5, "at": self.clock(), "number": None} for agent in agents
         ]
 
-    @rule(kind=st.sampled_from(["transaction", "session"]))
-    def begin(self, kind: str) -> None:
-        if len(self.saved) < 3:
-            block = getattr(self.db, kind)()
-            block.__enter__()
-            self.blocks.append(block)
-            self.saved.append(copy.deepcopy(self.model))
+    @rule(kinds=st.lists(BLOCKS, min_size=1, max_size=3))
+    def begin(self, kinds: list[str]) -> None:
+        for kind in kinds[: 3 - len(self.saved)]:
+            self._begin(kind)
 
-    @precondition(lambda self: self.saved)
     @rule(every=st.booleans(), keep=st.booleans())
     def end(self, *, every: bool, keep: bool) -> None:
-        for _ in range(len(self.blocks) if every else 1):
-            as_it_was = self.saved.pop()
-            if keep:
-                self.blocks.pop().__exit__(None, None, None)
-            else:
-                error = KeyError()
-                self.blocks.pop().__exit__(KeyError, error, None)
-                self.model = as_it_was
+        for _ in range(len(self.blocks) if every else min(len(self.blocks), 1)):
+            self._end(keep=keep)
+
+    @rule(kind=BLOCKS, agent=NAMES, value=PLAIN, keep=st.booleans())
+    def write_in_a_block(self, kind: str, agent: str, value: Any, *, keep: bool) -> None:
+        self._begin(kind)
+        self.register(agent, "running")
+        self.store_memory("a", "semantic", agent, value, None)
+        self.store_agent_metric(agent, "duration", 1.0, 0)
+        self._end(keep=keep)
+
+    def _begin(self, kind: str) -> None:
+        block = getattr(self.db, kind)()
+        block.__enter__()
+        self.blocks.append(block)
+        self.saved.append(copy.deepcopy(self.model))
+
+    def _end(self, *, keep: bool) -> None:
+        block, as_it_was = self.blocks.pop(), self.saved.pop()
+        if keep:
+            block.__exit__(None, None, None)
+        else:
+            block.__exit__(KeyError, KeyError(), None)
+            self.model = as_it_was
 
     @precondition(lambda self: not self.saved)
-    @rule()
-    def restart(self) -> None:
+    @rule(other=st.booleans())
+    def restart(self, *, other: bool) -> None:
+        if other:
+            self.db, self.other = self.other, self.db
+            return
         self.db.close()
         self.db = SwarmDB(url=self.place, clock=self.clock)
-
-    @precondition(lambda self: not self.saved)
-    @rule()
-    def go_on_with_the_other(self) -> None:
-        self.db, self.other = self.other, self.db
 
     @precondition(lambda self: self.saved)
     @rule()
@@ -768,4 +779,4 @@ def test_a_store_does_what_plain_python_does(
             AgainstModel, "url", staticmethod(lambda: f"sqlite:///{folder}/{next(numbers)}.db"), raising=False
         )
     sequences = EXAMPLES if kind == "file" else max(5, EXAMPLES // 5)
-    run_state_machine_as_test(AgainstModel, settings=settings(USUAL, max_examples=sequences, stateful_step_count=30))
+    run_state_machine_as_test(AgainstModel, settings=settings(USUAL, max_examples=sequences, stateful_step_count=50))
