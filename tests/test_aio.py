@@ -376,7 +376,7 @@ path = sys.argv[1]
 """
 
 
-def in_a_process(program: str, path: Path) -> str:
+def in_a_process(program: str, path: Path | str) -> str:
     code = IN_A_PROCESS + textwrap.dedent(program)
     done = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
@@ -440,6 +440,72 @@ def test_a_forked_child_uses_it_on(path: Path) -> None:
 
     with SwarmDB(path) as db:
         assert {agent.agent_id for agent in db.list_agents()} == {"parent", "child", "again"}
+
+
+def test_a_forked_child_awaits_in_the_loop_that_a_result_was_on_its_way_to(path: Path) -> None:
+    program = """
+    import threading
+    class Late(asyncio.SelectorEventLoop):
+        def call_soon_threadsafe(self, *arguments, **options):
+            if os.getpid() == parent and threading.current_thread() is not threading.main_thread():
+                on_its_way.set()
+                go_on.wait()
+            return super().call_soon_threadsafe(*arguments, **options)
+    async def begin():
+        task = asyncio.ensure_future(db.register_agent("parent", "t"))
+        while not on_its_way.is_set():
+            await asyncio.sleep(0.001)
+        return task
+    async def register(name):
+        async with asyncio.timeout(20):
+            await db.register_agent(name, "t")
+    parent, on_its_way, go_on = os.getpid(), threading.Event(), threading.Event()
+    loop, db = Late(), AsyncSwarmDB(path)
+    task = loop.run_until_complete(begin())
+    child = os.fork()
+    if not child:
+        loop.run_until_complete(register("child"))
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+    go_on.set()
+    loop.run_until_complete(task)
+    loop.run_until_complete(db.close())
+    loop.close()
+    """
+    in_a_process(program, path)
+
+    with SwarmDB(path) as db:
+        assert {agent.agent_id for agent in db.list_agents()} == {"parent", "child"}
+
+
+def test_a_child_that_is_forked_by_a_call_which_nobody_awaits_any_more_works_on(path: Path) -> None:
+    program = """
+    import threading
+    def fork(store):
+        begun.set()
+        go_on.wait()
+        child = os.fork()
+        if not child:
+            store.register_agent("child", "t")
+            os._exit(0)
+        assert os.waitpid(child, 0)[1] == 0
+    async def main():
+        async with AsyncSwarmDB(path) as db:
+            task = asyncio.create_task(db._do(fork))
+            while not begun.is_set():
+                await asyncio.sleep(0.001)
+            task.cancel()
+            await asyncio.sleep(0)
+            go_on.set()
+            await asyncio.wait([task])
+            assert task.cancelled()
+    begun, go_on = threading.Event(), threading.Event()
+    asyncio.run(main())
+    """
+    in_a_process(program, path)
+
+    with SwarmDB(path) as db:
+        assert [agent.agent_id for agent in db.list_agents()] == ["child"]
 
 
 def test_no_thread_is_left_when_the_object_is_gone(path: Path) -> None:
@@ -751,6 +817,55 @@ def test_a_transaction_goes_on_though_no_thread_is_to_be_had(path: Path) -> None
     asyncio.run(main())
     """
     assert in_a_process(program.replace("%s", textwrap.indent(WITHOUT_THREADS, "    ")), path) == "True\na\n"
+
+
+def test_where_no_thread_is_to_be_had_closing_says_so_and_leaves_it_open(path: Path) -> None:
+    program = """
+    import threading
+    %s
+    async def main():
+        db = AsyncSwarmDB(path)
+        await db.register_agent("a", "t")
+        no_threads()
+        [error] = await until_done(asyncio.create_task(db.close()))
+        print(error)
+        threading.stack_size(0)
+        print(await db.heartbeat("a"))
+        await db.close()
+        print(db._is_closed)
+    asyncio.run(main())
+    """
+    said = in_a_process(program.replace("%s", textwrap.indent(WITHOUT_THREADS, "    ")), path)
+    assert said == "can't start new thread\nTrue\nTrue\n"
+
+
+def test_where_no_thread_is_to_be_had_a_statement_that_is_given_up_goes_on_to_its_end(postgres_url: str) -> None:
+    program = """
+    import threading
+    %s
+    async def main():
+        db = AsyncSwarmDB(url=path)
+        begun = threading.Event()
+        def work(store):
+            with store.transaction() as conn:
+                begun.set()
+                print(conn.execute("SELECT pg_sleep(0.5), 'slept'").fetchone()[1])
+        await db.list_agents()
+        task = asyncio.create_task(db._do(work))
+        while not begun.is_set():
+            await asyncio.sleep(0.001)
+        await asyncio.sleep(0.1)
+        no_threads()
+        task.cancel()
+        await asyncio.wait([task])
+        print(task.cancelled())
+        threading.stack_size(0)
+        print(await db.list_agents())
+        await db.close()
+    asyncio.run(main())
+    """
+    said = in_a_process(program.replace("%s", textwrap.indent(WITHOUT_THREADS, "    ")), postgres_url)
+    assert said == "slept\nTrue\n[]\n"
 
 
 def test_a_transaction_that_outlives_the_main_thread_says_what_has_become_of_it(path: Path) -> None:
