@@ -454,6 +454,30 @@ def test_a_pool_of_one_is_enough_and_free_for_its_owner(path: Path) -> None:
     engine.dispose()
 
 
+def test_a_connection_of_a_pool_of_one_that_was_closed_makes_room_for_its_successor(path: Path) -> None:
+    engine = create_engine(f"sqlite:///{path}", poolclass=QueuePool, pool_size=1, max_overflow=0, pool_timeout=0.1)
+    with SwarmDB(engine=engine) as db:
+        raw: Any = db._get_connection()
+        raw.close()
+        assert db._get_connection().execute("SELECT 1").fetchone()[0] == 1
+    engine.dispose()
+
+
+def test_a_forked_child_leaves_what_is_in_a_callers_pool_to_the_parent(path: Path) -> None:
+    engine = create_engine(f"sqlite:///{path}", poolclass=QueuePool)
+    with SwarmDB(engine=engine) as db:
+        with db.transaction() as parents:
+            db.register_agent("a", "t")
+        child = os.fork()
+        if child == 0:
+            with db.transaction() as raw:
+                os._exit(raw is parents)
+        assert os.waitpid(child, 0)[1] == 0
+        with db.transaction() as raw:
+            assert raw is parents
+    engine.dispose()
+
+
 def test_engines_of_other_databases_are_refused() -> None:
     with pytest.raises(InvalidInputError, match=r"engine.*for SQLite, or for PostgreSQL"):
         SwarmDB(engine=create_engine("postgresql+pg8000://localhost/x", module=sqlite3))

@@ -25,6 +25,7 @@ from sqlalchemy import create_engine, make_url
 
 from moai_flow.memory import (
     BusyError,
+    ClosedError,
     CorruptDataError,
     EventData,
     SchemaError,
@@ -334,6 +335,8 @@ def test_a_caught_conflict_of_a_domain_call_leaves_the_block_as_it_was(store: Sw
         with pytest.raises(SwarmDBError):
             store.insert_event(EVENT, event_id="taken")
         store.register_agent("a", "t")
+        with pytest.raises(psycopg.errors.InvalidSavepointSpecification), store.transaction() as raw:
+            raw.execute("RELEASE SAVEPOINT swarmdb_call")  # None of those that a call sets is left.
 
     assert len(store.get_events()) == 1
     assert store.get_agent("a") is not None
@@ -464,6 +467,15 @@ def test_a_read_goes_on_where_its_connection_was_lost_and_a_write_tells(postgres
     assert {agent.agent_id for agent in store.list_agents()} == {"a", "b"}
 
 
+def test_the_first_error_of_a_lost_connection_is_told(postgres_url: str, store: SwarmDB) -> None:
+    others = "datname = current_database() AND pid <> pg_backend_pid()"
+    with pytest.raises(SwarmDBError, match="terminating connection"), store.transaction():
+        store.register_agent("a", "t")
+        run(postgres_url, f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE {others}")
+        store.insert_event(EVENT)
+    assert store.list_agents() == []
+
+
 def test_of_many_idle_connections_that_were_lost_one_failed_call_is_enough(postgres_url: str, store: SwarmDB) -> None:
     together = threading.Barrier(4)
     store.register_agent("a", "t")  # The first write looks for old rows, and what reads goes on by itself.
@@ -540,6 +552,45 @@ def test_a_place_in_the_pool_that_nobody_has_any_more_is_free_again() -> None:
     assert permits.take() is None
     del permit  # As an interrupt would leave it.
     assert permits.take() is not None
+
+
+def test_errors_that_somebody_keeps_take_no_place_in_the_pool(postgres_server: Server, postgres_url: str) -> None:
+    name, elsewhere = make_url(postgres_url).database, postgres_server.url("postgres")
+    errors = []
+    with SwarmDB(url=postgres_url, pool_size=1, busy_timeout=0) as db:
+        run(elsewhere, f'ALTER DATABASE "{name}" ALLOW_CONNECTIONS false')
+        run(elsewhere, "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = %s", name)
+        for _ in range(3):
+            try:
+                db.register_agent("a", "t")
+            except StorageError as error:
+                errors.append(error)
+        assert not any(isinstance(error, BusyError) for error in errors)
+        run(elsewhere, f'ALTER DATABASE "{name}" ALLOW_CONNECTIONS true')
+        assert db.list_agents() == []
+    assert len(errors) == 3
+
+
+def test_a_call_that_waits_for_a_place_while_the_database_is_closed_is_refused(postgres_url: str) -> None:
+    db = SwarmDB(url=postgres_url, pool_size=1)
+    refused = []
+
+    def read() -> None:
+        try:
+            db.list_agents()
+        except ClosedError as error:
+            refused.append(error)
+
+    permits = db._connections._permits
+    assert permits is not None
+    with db.transaction():
+        thread = threading.Thread(target=read)
+        thread.start()
+        while not permits._changed._waiters:  # type: ignore[attr-defined]
+            time.sleep(0.001)
+        db.close()
+    thread.join()
+    assert len(refused) == 1
 
 
 def test_threads_that_wait_for_a_place_never_have_more_than_there_are() -> None:

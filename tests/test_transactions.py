@@ -140,6 +140,30 @@ def test_a_block_is_left_once(file_db: SwarmDB, error: OopsError | None) -> None
     assert agents(file_db) == {"a", "b"}
 
 
+def test_an_interrupted_block_is_over_though_somebody_still_has_it(db: SwarmDB) -> None:
+    block = db.transaction()
+    with suppress(KeyboardInterrupt), block:
+        db.register_agent("a", "t")
+        raise KeyboardInterrupt
+    assert db._connections.local.blocks == []
+    db.register_agent("b", "t")
+    with pytest.raises(TransactionError, match="left once"):
+        block.__exit__(None, None, None)
+    assert agents(db) == {"b"}
+
+
+def test_an_inner_block_that_cannot_be_undone_by_itself_is_undone_with_the_outer(db: SwarmDB) -> None:
+    with pytest.raises(TransactionError, match="ended inside"), db.transaction():
+        db.register_agent("a", "t")
+        with suppress(OopsError), db.transaction() as raw:
+            db.register_agent("b", "t")
+            raw.execute("RELEASE SAVEPOINT swarmdb_1")
+            raise OopsError
+    assert agents(db) == set()
+    db.register_agent("c", "t")
+    assert agents(db) == {"c"}
+
+
 def test_blocks_are_nested_as_deep_as_one_likes(db: SwarmDB) -> None:
     with ExitStack() as stack:
         for number in range(100):
