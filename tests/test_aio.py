@@ -244,6 +244,31 @@ def test_it_may_be_closed_before_it_was_opened_and_twice_at_once(url: str) -> No
     join_workers()
 
 
+def test_closing_waits_for_the_one_that_closes_it_already(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun, go_on, close = threading.Event(), threading.Event(), SwarmDB.close
+
+    def slowly(store: SwarmDB) -> None:
+        if not begun.is_set():
+            begun.set()
+            go_on.wait()
+        close(store)
+
+    async def main() -> None:
+        db = AsyncSwarmDB(url=url)
+        await db.register_agent("a", "t")
+        monkeypatch.setattr(SwarmDB, "close", slowly)
+        first = asyncio.create_task(db.close())
+        await until(begun.is_set)
+        second = asyncio.create_task(db.close())
+        await asyncio.sleep(0.05)
+        assert not second.done()
+        go_on.set()
+        await asyncio.gather(first, second)
+
+    asyncio.run(main())
+    join_workers()
+
+
 def test_closing_waits_for_calls_and_transactions_that_are_under_way(url: str) -> None:
     async def main() -> None:
         db = AsyncSwarmDB(url=url)
@@ -1030,11 +1055,12 @@ def test_where_no_thread_is_to_be_had_at_all_a_call_says_so_and_is_not_made_late
         async with db.transaction():
             pass
     async def main():
-        db = AsyncSwarmDB(path, pool_size=3)
+        db = AsyncSwarmDB(path, pool_size=1)
         no_threads()
         for call in (db.register_agent("a", "t"), block(db)):
             [error] = await until_done(asyncio.create_task(call))
             print(error)
+        assert not db._workers.are_all_pinned
         threading.stack_size(0)
         print(await db.get_agent("a"))
         await block(db)
@@ -1373,6 +1399,22 @@ def test_a_task_that_ends_after_the_database_was_closed_says_so(url: str) -> Non
                 await db.close()
                 raise KeyError
         assert "could not be stored: ClosedError" in raised.value.__notes__[0]
+
+    asyncio.run(main())
+
+
+def test_an_iteration_in_a_tracked_block_that_is_left_after_the_database_was_closed_ends(url: str) -> None:
+    async def main() -> None:
+        async def steps() -> AsyncIterator[int]:
+            async with db.track_task("given up", "a"):
+                yield 1
+
+        db = AsyncSwarmDB(url=url)
+        iteration = steps()
+        assert await anext(iteration) == 1
+        await db.close()
+        async with asyncio.timeout(20):
+            await iteration.aclose()  # type: ignore[attr-defined]
 
     asyncio.run(main())
 

@@ -15,6 +15,7 @@ from contextlib import suppress
 from datetime import UTC, datetime
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
+from types import FrameType
 from typing import Any
 from uuid import uuid4
 
@@ -33,6 +34,7 @@ from moai_flow.memory import (
     SwarmDB,
     SwarmDBError,
     TransactionError,
+    connections,
 )
 from moai_flow.memory.connections import Limit, Permits
 from moai_flow.memory.migrations import VERSION
@@ -468,12 +470,54 @@ def test_a_read_goes_on_where_its_connection_was_lost_and_a_write_tells(postgres
 
 
 def test_the_first_error_of_a_lost_connection_is_told(postgres_url: str, store: SwarmDB) -> None:
-    others = "datname = current_database() AND pid <> pg_backend_pid()"
-    with pytest.raises(SwarmDBError, match="terminating connection"), store.transaction():
-        store.register_agent("a", "t")
-        run(postgres_url, f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE {others}")
-        store.insert_event(EVENT)
+    waiting = "datname = current_database() AND wait_event_type = 'Lock'"
+
+    def lose() -> None:
+        while not run(postgres_url, f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE {waiting}"):
+            time.sleep(0.01)
+
+    store.insert_event(EVENT)
+    with SwarmDB(url=postgres_url) as other, other.transaction() as conn:
+        conn.execute("LOCK agent_events")
+        thread = threading.Thread(target=lose)
+        with pytest.raises(StorageError, match="terminating connection"), store.transaction():
+            store.register_agent("a", "t")
+            thread.start()
+            store.insert_event(EVENT)
+        thread.join()
     assert store.list_agents() == []
+
+
+def test_an_idle_connection_that_no_longer_answers_is_closed_and_a_write_takes_another(
+    postgres_url: str, store: SwarmDB, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(connections, "_TRUSTED", 0)
+    store.register_agent("a", "t")
+    others = "datname = current_database() AND pid <> pg_backend_pid()"
+    assert len(run(postgres_url, f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE {others}")) == 1
+    store.register_agent("b", "t")
+    gc.collect()
+    assert caplog.records == []
+    assert set(store._connections._open) == set(store._connections._idle)
+
+
+def test_an_interrupt_while_a_connection_is_closed_takes_no_place_in_the_pool(postgres_url: str) -> None:
+    def interrupt(frame: FrameType, kind: str, argument: object) -> None:
+        if kind == "call" and frame.f_code.co_name == "invalidate":
+            raise KeyboardInterrupt  # Python then takes the profile function away.
+
+    with SwarmDB(url=postgres_url, pool_size=1, busy_timeout=0) as db:
+        db.register_agent("a", "t")
+        others = "datname = current_database() AND pid <> pg_backend_pid()"
+        run(postgres_url, f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE {others}")
+        sys.setprofile(interrupt)
+        try:
+            with pytest.raises(KeyboardInterrupt) as kept:
+                db.insert_event(EVENT)
+        finally:
+            sys.setprofile(None)
+        assert len(db.list_agents()) == 1
+        assert kept.value is not None
 
 
 def test_of_many_idle_connections_that_were_lost_one_failed_call_is_enough(postgres_url: str, store: SwarmDB) -> None:

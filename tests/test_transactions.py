@@ -3,10 +3,12 @@
 import asyncio
 import contextvars
 import sqlite3
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, suppress
 from pathlib import Path
+from types import FrameType
 
 import psycopg
 import pytest
@@ -111,6 +113,27 @@ def test_an_inner_block_that_nobody_can_end_any_more_is_not_kept_by_the_outer(db
     assert agents(db) == set()
     db.register_agent("b", "t")
     assert agents(db) == {"b"}
+
+
+def test_an_inner_block_that_nobody_can_end_is_not_kept_though_its_own_undoing_was_interrupted(
+    db: SwarmDB, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(frame: FrameType, kind: str, argument: object) -> None:
+        if kind == "call" and frame.f_code.co_name == "abandon":
+            raise KeyboardInterrupt  # Python then takes the profile function away.
+
+    monkeypatch.setattr(sys, "unraisablehook", lambda _: None)
+    with pytest.raises(TransactionError, match="ended inside"), db.transaction():
+        inner = db.transaction()
+        inner.__enter__()
+        db.register_agent("a", "t")
+        sys.setprofile(interrupt)
+        try:
+            del inner
+        finally:
+            sys.setprofile(None)
+        assert len(db._connections.local.blocks) == 2
+    assert agents(db) == set()
 
 
 def test_a_block_is_entered_once(db: SwarmDB) -> None:
