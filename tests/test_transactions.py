@@ -226,6 +226,28 @@ def test_a_connection_on_which_an_interrupt_came_is_not_used_again(file_db: Swar
     assert raws[1] is not raws[2]
 
 
+@pytest.mark.parametrize("step", ["leave", "_keep", "_settle", "take_back", "_end", "give", "abandon"])
+def test_an_interrupt_at_any_step_of_the_end_of_a_block_leaves_no_connection_that_is_closed(
+    db: SwarmDB, step: str
+) -> None:
+    def interrupt(frame: FrameType, kind: str, argument: object) -> None:
+        if kind == "call" and frame.f_code.co_name == step:
+            raise KeyboardInterrupt  # Python then takes the profile function away.
+
+    db.register_agent("a", "t")
+    try:
+        with pytest.raises(KeyboardInterrupt), db.transaction():
+            db.register_agent("b", "t")
+            sys.setprofile(interrupt)
+    finally:
+        sys.setprofile(None)
+    connections = db._connections
+    assert connections.local.blocks == []
+    assert all(held.is_open and not held.in_transaction for held in connections._idle)
+    db.register_agent("c", "t")
+    assert agents(db) in ({"a", "c"}, {"a", "b", "c"})
+
+
 def test_an_interrupt_comes_out_as_itself_though_cleaning_up_after_it_fails() -> None:
     with pytest.raises(KeyboardInterrupt), translating("here"):
         try:
@@ -291,6 +313,15 @@ def test_a_session_is_typed_and_joined(db: SwarmDB) -> None:
         assert loaded.status is AgentStatus.ERROR  # The session sees what the domain call wrote.
 
     assert agents(db) == {"a"}
+
+
+def test_a_session_that_is_first_used_in_an_inner_block_goes_on_after_it(db: SwarmDB) -> None:
+    with db.session() as session:
+        with db.transaction():
+            session.add(RegisteredAgent(agent_id="a", agent_type="t"))
+            db.register_agent("b", "t")
+        session.add(RegisteredAgent(agent_id="c", agent_type="t"))
+    assert agents(db) == {"a", "b", "c"}
 
 
 def test_objects_of_a_session_stay_readable_after_it(db: SwarmDB) -> None:
