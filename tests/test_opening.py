@@ -22,6 +22,7 @@ from moai_flow.memory import (
     SchemaError,
     StorageError,
     SwarmDB,
+    TransactionError,
 )
 
 EVENT = {"event_type": "spawn", "agent_id": "a", "agent_type": "t"}
@@ -421,6 +422,16 @@ def test_a_callers_engine_gets_nothing_back_that_a_dead_thread_left(engine: Engi
             with engine.connect() as connection:
                 raw: Any = connection.connection.driver_connection
                 assert (raw.isolation_level, raw.row_factory, raw.in_transaction) == ("", None, False)
+
+
+def test_a_connection_of_a_callers_engine_that_is_given_up_is_no_complaint(
+    engine: Engine, caplog: pytest.LogCaptureFixture
+) -> None:
+    with SwarmDB(engine=engine) as db:
+        with pytest.raises(TransactionError), db.transaction() as conn:
+            conn.close()  # type: ignore[attr-defined]
+        db.register_agent("a", "t")
+    assert caplog.records == []
 
 
 def test_an_engine_whose_statements_fail_is_a_storage_error(engine: Engine) -> None:

@@ -615,6 +615,19 @@ def test_errors_that_somebody_keeps_take_no_place_in_the_pool(postgres_server: S
     assert len(errors) == 3
 
 
+def test_a_call_that_waits_for_a_place_has_it_when_another_gives_up_its_connection(postgres_url: str) -> None:
+    with SwarmDB(url=postgres_url, pool_size=1, busy_timeout=3600) as db:
+        permits = db._connections._permits
+        assert permits is not None
+        thread = threading.Thread(target=db.list_agents)
+        with suppress(KeyboardInterrupt), db.transaction():
+            thread.start()
+            while not permits._changed._waiters:  # type: ignore[attr-defined]
+                time.sleep(0.001)
+            raise KeyboardInterrupt
+        thread.join()
+
+
 def test_a_call_that_waits_for_a_place_while_the_database_is_closed_is_refused(postgres_url: str) -> None:
     db = SwarmDB(url=postgres_url, pool_size=1)
     refused = []
@@ -676,6 +689,17 @@ def test_a_fork_leaves_the_connections_to_the_parent(postgres_url: str, store: S
     store.register_agent("b", "t")
     assert raw.execute("SELECT count(*) FROM agent_registry").fetchone() == (3,)
     raw.rollback()
+
+
+def test_a_forked_child_has_all_places_of_the_pool(postgres_url: str) -> None:
+    with SwarmDB(url=postgres_url, pool_size=1, busy_timeout=0) as db:
+        with db.transaction():
+            db.register_agent("a", "t")
+            child = os.fork()
+            if child == 0:
+                os._exit(len(db.list_agents()))
+            assert os.waitpid(child, 0)[1] == 0
+        assert len(db.list_agents()) == 1
 
 
 def test_deleting_a_key_many_times_at_once_is_no_error(store: SwarmDB) -> None:

@@ -248,6 +248,23 @@ def test_an_interrupt_at_any_step_of_the_end_of_a_block_leaves_no_connection_tha
     assert agents(db) in ({"a", "c"}, {"a", "b", "c"})
 
 
+def test_a_connection_of_a_single_call_on_which_an_interrupt_came_is_not_used_again(file_db: SwarmDB) -> None:
+    def interrupt(frame: FrameType, kind: str, argument: object) -> None:
+        if kind == "call" and frame.f_code.co_name == "fetch":
+            raise KeyboardInterrupt  # Python then takes the profile function away.
+
+    file_db.register_agent("a", "t")
+    held = file_db._connections._idle[-1]
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            sys.setprofile(interrupt)
+            file_db.list_agents()
+    finally:
+        sys.setprofile(None)
+    assert not held.is_open
+    assert held not in file_db._connections._idle
+
+
 def test_an_interrupt_comes_out_as_itself_though_cleaning_up_after_it_fails() -> None:
     with pytest.raises(KeyboardInterrupt), translating("here"):
         try:
@@ -785,6 +802,13 @@ def test_a_pinned_connection_that_was_closed_is_replaced(file_db: SwarmDB) -> No
 
     file_db.register_agent("a", "t")
     assert file_db._get_connection().execute("SELECT agent_id FROM agent_registry").fetchone()["agent_id"] == "a"
+
+
+def test_the_pinned_connection_of_the_thread_that_closes_is_closed(file_db: SwarmDB) -> None:
+    conn = file_db._get_connection()
+    file_db.close()
+    with pytest.raises(sqlite3.ProgrammingError, match="closed"):
+        conn.execute("SELECT 1")
 
 
 def test_blocks_and_calls_after_close_are_refused(db: SwarmDB) -> None:
