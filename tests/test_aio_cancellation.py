@@ -136,14 +136,26 @@ def test_a_block_that_only_reads_gives_its_connection_back_when_it_was_ended(pat
     run(scenario, f"sqlite:///{path}", pool_size=1)
 
 
-def test_a_call_that_is_made_of_many_short_statements_ends_between_two(url: str) -> None:
-    def beat(store: SwarmDB) -> None:
+def beat(store: SwarmDB) -> None:
+    store.heartbeat("a")
+
+
+def begin(store: SwarmDB) -> None:
+    with store.transaction():
+        pass
+
+
+@pytest.mark.parametrize("step", [beat, begin])
+def test_a_call_that_is_made_of_many_short_statements_ends_between_two(
+    url: str, step: Callable[[SwarmDB], None]
+) -> None:
+    def work(store: SwarmDB) -> None:
         while True:
-            store.heartbeat("a")
+            step(store)
 
     async def scenario(db: AsyncSwarmDB) -> None:
         await db.register_agent("a", "t")
-        task, begun = at_work(db, beat)
+        task, begun = at_work(db, work)
         await until(begun.is_set)
         await asyncio.sleep(0.01)
         assert await cancelled(task)
