@@ -12,6 +12,7 @@ import weakref
 from collections.abc import AsyncIterator
 from contextlib import closing
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -243,6 +244,31 @@ def test_it_may_be_closed_before_it_was_opened_and_twice_at_once(url: str) -> No
     join_workers()
 
 
+def test_closing_waits_for_the_one_that_closes_it_already(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun, go_on, close = threading.Event(), threading.Event(), SwarmDB.close
+
+    def slowly(store: SwarmDB) -> None:
+        if not begun.is_set():
+            begun.set()
+            go_on.wait()
+        close(store)
+
+    async def main() -> None:
+        db = AsyncSwarmDB(url=url)
+        await db.register_agent("a", "t")
+        monkeypatch.setattr(SwarmDB, "close", slowly)
+        first = asyncio.create_task(db.close())
+        await until(begun.is_set)
+        second = asyncio.create_task(db.close())
+        await asyncio.sleep(0.05)
+        assert not second.done()
+        go_on.set()
+        await asyncio.gather(first, second)
+
+    asyncio.run(main())
+    join_workers()
+
+
 def test_closing_waits_for_calls_and_transactions_that_are_under_way(url: str) -> None:
     async def main() -> None:
         db = AsyncSwarmDB(url=url)
@@ -376,11 +402,37 @@ path = sys.argv[1]
 """
 
 
-def in_a_process(program: str, path: Path) -> str:
+def in_a_process(program: str, path: Path | str) -> str:
     code = IN_A_PROCESS + textwrap.dedent(program)
     done = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+def test_a_transaction_that_is_gone_with_its_loop_and_its_database_is_rolled_back(path: Path) -> None:
+    program = """
+    import gc, time
+    from moai_flow.memory import SwarmDB, workers
+    workers._LOOK = 0.01
+    async def begin(has_written):
+        db = AsyncSwarmDB(path)
+        async with db.transaction():
+            await db.register_agent("half", "t")
+            has_written.set_result(None)
+            await asyncio.sleep(3600)
+    def leave():
+        loop = asyncio.new_event_loop()
+        has_written = loop.create_future()
+        task = loop.create_task(begin(has_written))
+        loop.run_until_complete(has_written)
+        time.sleep(0.1)
+    leave()
+    gc.collect()
+    with SwarmDB(path, busy_timeout=20) as db:
+        db.register_agent("whole", "t")
+        print([agent.agent_id for agent in db.list_agents()])
+    """
+    assert in_a_process(program, path) == "['whole']\n"
 
 
 def test_an_interpreter_ends_with_a_database_that_was_never_closed(path: Path) -> None:
@@ -442,6 +494,72 @@ def test_a_forked_child_uses_it_on(path: Path) -> None:
         assert {agent.agent_id for agent in db.list_agents()} == {"parent", "child", "again"}
 
 
+def test_a_forked_child_awaits_in_the_loop_that_a_result_was_on_its_way_to(path: Path) -> None:
+    program = """
+    import threading
+    class Late(asyncio.SelectorEventLoop):
+        def call_soon_threadsafe(self, *arguments, **options):
+            if os.getpid() == parent and threading.current_thread() is not threading.main_thread():
+                on_its_way.set()
+                go_on.wait()
+            return super().call_soon_threadsafe(*arguments, **options)
+    async def begin():
+        task = asyncio.ensure_future(db.register_agent("parent", "t"))
+        while not on_its_way.is_set():
+            await asyncio.sleep(0.001)
+        return task
+    async def register(name):
+        async with asyncio.timeout(20):
+            await db.register_agent(name, "t")
+    parent, on_its_way, go_on = os.getpid(), threading.Event(), threading.Event()
+    loop, db = Late(), AsyncSwarmDB(path)
+    task = loop.run_until_complete(begin())
+    child = os.fork()
+    if not child:
+        loop.run_until_complete(register("child"))
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+    go_on.set()
+    loop.run_until_complete(task)
+    loop.run_until_complete(db.close())
+    loop.close()
+    """
+    in_a_process(program, path)
+
+    with SwarmDB(path) as db:
+        assert {agent.agent_id for agent in db.list_agents()} == {"parent", "child"}
+
+
+def test_a_child_that_is_forked_by_a_call_which_nobody_awaits_any_more_works_on(path: Path) -> None:
+    program = """
+    import threading
+    def fork(store):
+        begun.set()
+        go_on.wait()
+        child = os.fork()
+        if not child:
+            store.register_agent("child", "t")
+            os._exit(0)
+        assert os.waitpid(child, 0)[1] == 0
+    async def main():
+        async with AsyncSwarmDB(path) as db:
+            task = asyncio.create_task(db._do(fork))
+            while not begun.is_set():
+                await asyncio.sleep(0.001)
+            task.cancel()
+            await asyncio.sleep(0)
+            go_on.set()
+            await asyncio.wait([task])
+            assert task.cancelled()
+    begun, go_on = threading.Event(), threading.Event()
+    asyncio.run(main())
+    """
+    in_a_process(program, path)
+
+    with SwarmDB(path) as db:
+        assert [agent.agent_id for agent in db.list_agents()] == ["child"]
+
+
 def test_no_thread_is_left_when_the_object_is_gone(path: Path) -> None:
     async def main() -> None:
         db = AsyncSwarmDB(path)
@@ -472,6 +590,27 @@ def test_an_error_that_was_caught_is_gone_at_once_with_all_that_it_holds(url: st
             gc.enable()
 
     run(scenario, url)
+
+
+def test_an_error_of_a_call_that_waited_in_vain_is_gone_at_once_as_well(path: Path) -> None:
+    async def scenario(db: AsyncSwarmDB) -> None:
+        await db.list_agents()
+        with SwarmDB(path) as other, other.transaction():
+            gc.collect()
+            gc.disable()
+            try:
+                gone: list[weakref.ref[BaseException]] = []
+                for _ in range(5):
+                    try:
+                        await db.register_agent("a", "t")
+                    except BusyError as error:
+                        gone += [weakref.ref(each) for each in (error, error.__cause__) if each is not None]
+                await db.list_agents()
+                assert [reference() for reference in gone] == [None] * 10
+            finally:
+                gc.enable()
+
+    run(scenario, f"sqlite:///{path}", busy_timeout=0.1)
 
 
 def test_an_error_that_nobody_can_await_any_more_is_no_complaint(url: str, caplog: pytest.LogCaptureFixture) -> None:
@@ -646,6 +785,206 @@ def test_an_interrupt_while_results_are_given_back_loses_none_of_the_others() ->
         assert loop.run_until_complete(asyncio.wait_for(others[0], 10)) == 5
 
 
+def test_a_loop_looks_after_everything_else_between_results_however_many_come_back() -> None:
+    async def main() -> None:
+        jobs = [Job(lambda: 1) for _ in range(100)]
+        waiting = [asyncio.create_task(job.wait()) for job in jobs]
+        await asyncio.sleep(0)
+        for job in jobs:
+            job.run()
+        await asyncio.sleep(0)
+        assert 0 < sum(job.has_succeeded for job in jobs) < 50
+        assert await asyncio.gather(*waiting) == [1] * 100
+
+    asyncio.run(main())
+
+
+def test_a_loop_that_is_over_is_kept_by_nobody(path: Path) -> None:
+    db = AsyncSwarmDB(path)
+
+    async def use() -> "weakref.ref[asyncio.AbstractEventLoop]":
+        await asyncio.gather(*(_register(db, str(number)) for number in range(3)))
+        return weakref.ref(asyncio.get_running_loop())
+
+    loop = asyncio.run(use())
+    gc.collect()
+    assert loop() is None
+    asyncio.run(db.close())
+    join_workers()
+
+
+class Thing:
+    """What can be seen to be gone."""
+
+
+def test_what_a_call_was_given_is_let_go_before_its_result_is_on_its_way() -> None:
+    things: list[weakref.ref[Thing]] = []
+    there: list[bool] = []
+
+    class Noting(asyncio.SelectorEventLoop):
+        def call_soon_threadsafe(self, *arguments: Any, **options: Any) -> asyncio.Handle:
+            there.extend(thing() is not None for thing in things)
+            return super().call_soon_threadsafe(*arguments, **options)
+
+    async def main() -> None:
+        thing = Thing()
+        job = Job(partial(bool, thing))
+        things.append(weakref.ref(thing))
+        del thing
+        job.run()
+        assert there == [False]
+
+    with asyncio.Runner(loop_factory=Noting) as runner:
+        runner.run(main())
+
+
+def given(thing: Thing) -> "tuple[Job[Thing], weakref.ref[Thing]]":
+    """Return a job that was given something, which it returns, and whether that is still there."""
+    return Job(lambda: thing), weakref.ref(thing)
+
+
+def test_a_call_that_has_ended_or_was_given_up_holds_nothing_though_somebody_has_it_still() -> None:
+    async def main() -> None:
+        ended, result = given(Thing())
+        waiting = asyncio.create_task(ended.wait())
+        await asyncio.sleep(0)
+        ended.run()
+        assert await waiting is result()
+        del waiting
+        dropped, argument = given(Thing())
+        task = asyncio.create_task(dropped.wait())
+        await asyncio.sleep(0)
+        assert await cancelled(task)
+        assert (result(), argument()) == (None, None)
+
+    asyncio.run(main())
+
+
+def complaints() -> list[dict[str, Any]]:
+    """Return what the running loop complains about from here on."""
+    found: list[dict[str, Any]] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: found.append(context))
+    return found
+
+
+def test_a_result_that_comes_while_its_task_is_cancelled_again_is_no_complaint() -> None:
+    async def main() -> None:
+        found, begun, go_on = complaints(), threading.Event(), threading.Event()
+        job = Job(lambda: (begun.set(), go_on.wait()))
+        task = asyncio.create_task(job.wait())
+        await asyncio.sleep(0)
+        worker = threading.Thread(target=job.run)
+        worker.start()
+        begun.wait()
+        task.cancel()
+        await asyncio.sleep(0)
+        go_on.set()
+        worker.join()  # Its result is on its way.
+        assert await cancelled(task)
+        assert found == []
+
+    asyncio.run(main())
+
+
+def test_a_call_that_is_cancelled_as_its_patience_ends_is_no_complaint() -> None:
+    async def main() -> None:
+        found, job = complaints(), Job(bool)
+        task = asyncio.create_task(job.wait(0.01))
+        await asyncio.sleep(0)
+        time.sleep(0.02)
+        await asyncio.sleep(0)  # Both are due in the same turn of the loop.
+        assert await cancelled(task)
+        assert found == []
+
+    asyncio.run(main())
+
+
+def test_what_was_begun_in_time_is_not_told_that_it_waited_in_vain(url: str) -> None:
+    async def scenario(db: AsyncSwarmDB) -> None:
+        async with db.transaction():
+            await db.list_agents()
+            task = asyncio.create_task(db._do(lambda _: time.sleep(0.3)))
+            await asyncio.sleep(0)
+        await task
+
+    run(scenario, url, pool_size=1, busy_timeout=0.2)
+
+
+def test_a_call_that_has_ended_leaves_no_timer(url: str) -> None:
+    async def scenario(db: AsyncSwarmDB) -> None:
+        async with db.transaction():
+            await db.list_agents()
+            task = asyncio.create_task(db.list_agents())
+            await asyncio.sleep(0)
+        await task
+        loop = asyncio.get_running_loop()
+        timers = [timer for timer in loop._scheduled if not timer.cancelled()]  # type: ignore[attr-defined]
+        assert not any("_expire" in repr(timer) for timer in timers)
+
+    run(scenario, url, pool_size=1, busy_timeout=3600)
+
+
+def test_a_call_whose_coroutine_is_destroyed_is_not_made(url: str) -> None:
+    async def scenario(db: AsyncSwarmDB) -> None:
+        await db.list_agents()
+        go_on = threading.Event()
+        long, begun = at_work(db, lambda _: go_on.wait())
+        await until(begun.is_set)
+        call = db.register_agent("late", "t")
+        call.send(None)
+        call.close()
+        go_on.set()
+        await long
+        assert await db.list_agents() == []
+
+    run(scenario, url, pool_size=1)
+
+
+@pytest.mark.parametrize("wait", [Job.wait, Job.wait_to_the_end])
+def test_an_error_of_a_call_whose_coroutine_was_destroyed_is_no_complaint(wait: Any) -> None:
+    async def main() -> None:
+        found, begun, go_on = complaints(), threading.Event(), threading.Event()
+
+        def fail() -> None:
+            begun.set()
+            go_on.wait()
+            raise ValueError
+
+        job = Job(fail)
+        call = wait(job)
+        call.send(None)
+        worker = threading.Thread(target=job.run)
+        worker.start()
+        begun.wait()
+        call.close()
+        go_on.set()
+        worker.join()
+        await asyncio.sleep(0)
+        del job, call
+        gc.collect()
+        assert found == []
+
+    asyncio.run(main())
+
+
+def test_what_the_end_of_a_cancelled_block_raised_is_told_as_the_cause() -> None:
+    def fail() -> None:
+        raise ValueError
+
+    async def main() -> None:
+        job = Job(fail)
+        task = asyncio.create_task(job.wait_to_the_end())
+        await asyncio.sleep(0)
+        task.cancel()
+        await asyncio.sleep(0)
+        job.run()
+        with pytest.raises(asyncio.CancelledError) as caught:
+            await task
+        assert isinstance(caught.value.__cause__, ValueError)
+
+    asyncio.run(main())
+
+
 def test_what_waits_is_done_beside_calls_that_take_long_though_it_is_being_closed(url: str) -> None:
     async def scenario(db: AsyncSwarmDB) -> None:
         db._workers.at_once = 1
@@ -716,11 +1055,12 @@ def test_where_no_thread_is_to_be_had_at_all_a_call_says_so_and_is_not_made_late
         async with db.transaction():
             pass
     async def main():
-        db = AsyncSwarmDB(path, pool_size=3)
+        db = AsyncSwarmDB(path, pool_size=1)
         no_threads()
         for call in (db.register_agent("a", "t"), block(db)):
             [error] = await until_done(asyncio.create_task(call))
             print(error)
+        assert not db._workers.are_all_pinned
         threading.stack_size(0)
         print(await db.get_agent("a"))
         await block(db)
@@ -751,6 +1091,55 @@ def test_a_transaction_goes_on_though_no_thread_is_to_be_had(path: Path) -> None
     asyncio.run(main())
     """
     assert in_a_process(program.replace("%s", textwrap.indent(WITHOUT_THREADS, "    ")), path) == "True\na\n"
+
+
+def test_where_no_thread_is_to_be_had_closing_says_so_and_leaves_it_open(path: Path) -> None:
+    program = """
+    import threading
+    %s
+    async def main():
+        db = AsyncSwarmDB(path)
+        await db.register_agent("a", "t")
+        no_threads()
+        [error] = await until_done(asyncio.create_task(db.close()))
+        print(error)
+        threading.stack_size(0)
+        print(await db.heartbeat("a"))
+        await db.close()
+        print(db._is_closed)
+    asyncio.run(main())
+    """
+    said = in_a_process(program.replace("%s", textwrap.indent(WITHOUT_THREADS, "    ")), path)
+    assert said == "can't start new thread\nTrue\nTrue\n"
+
+
+def test_where_no_thread_is_to_be_had_a_statement_that_is_given_up_goes_on_to_its_end(postgres_url: str) -> None:
+    program = """
+    import threading
+    %s
+    async def main():
+        db = AsyncSwarmDB(url=path)
+        begun = threading.Event()
+        def work(store):
+            with store.transaction() as conn:
+                begun.set()
+                print(conn.execute("SELECT pg_sleep(0.5), 'slept'").fetchone()[1])
+        await db.list_agents()
+        task = asyncio.create_task(db._do(work))
+        while not begun.is_set():
+            await asyncio.sleep(0.001)
+        await asyncio.sleep(0.1)
+        no_threads()
+        task.cancel()
+        await asyncio.wait([task])
+        print(task.cancelled())
+        threading.stack_size(0)
+        print(await db.list_agents())
+        await db.close()
+    asyncio.run(main())
+    """
+    said = in_a_process(program.replace("%s", textwrap.indent(WITHOUT_THREADS, "    ")), postgres_url)
+    assert said == "slept\nTrue\n[]\n"
 
 
 def test_a_transaction_that_outlives_the_main_thread_says_what_has_become_of_it(path: Path) -> None:
@@ -1010,6 +1399,22 @@ def test_a_task_that_ends_after_the_database_was_closed_says_so(url: str) -> Non
                 await db.close()
                 raise KeyError
         assert "could not be stored: ClosedError" in raised.value.__notes__[0]
+
+    asyncio.run(main())
+
+
+def test_an_iteration_in_a_tracked_block_that_is_left_after_the_database_was_closed_ends(url: str) -> None:
+    async def main() -> None:
+        async def steps() -> AsyncIterator[int]:
+            async with db.track_task("given up", "a"):
+                yield 1
+
+        db = AsyncSwarmDB(url=url)
+        iteration = steps()
+        assert await anext(iteration) == 1
+        await db.close()
+        async with asyncio.timeout(20):
+            await iteration.aclose()  # type: ignore[attr-defined]
 
     asyncio.run(main())
 

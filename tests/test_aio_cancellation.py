@@ -101,14 +101,61 @@ def test_a_long_statement_is_ended_and_its_connection_is_used_again(url: str) ->
     run(scenario, url, pool_size=1)
 
 
-def test_a_call_that_is_made_of_many_short_statements_ends_between_two(url: str) -> None:
-    def beat(store: SwarmDB) -> None:
+def test_a_read_in_chunks_is_ended_on_a_server_as_well(postgres_url: str) -> None:
+    def read(store: SwarmDB) -> None:
+        with store._block(readonly=True) as block, translating("here"):
+            chunks = store._programs.backend.chunks(block.held.raw, "SELECT pg_sleep(3600)", 10)
+            assert list(chunks) == []
+
+    async def scenario(db: AsyncSwarmDB) -> None:
+        await db.list_agents()
+        task, begun = at_work(db, read)
+        await until(begun.is_set)
+        await asyncio.sleep(0.1)
+        assert await cancelled(task)
+        assert await db.list_agents() == []
+
+    run(scenario, postgres_url, pool_size=1)
+
+
+def test_a_block_that_only_reads_gives_its_connection_back_when_it_was_ended(path: Path) -> None:
+    def read(store: SwarmDB) -> None:
+        with store.session(readonly=True) as session:
+            session.connection().exec_driver_sql(ENDLESS).all()
+
+    async def scenario(db: AsyncSwarmDB) -> None:
+        await db.list_agents()
+        assert db._db is not None
+        [held] = db._db._connections._idle
+        task, begun = at_work(db, read)
+        await until(begun.is_set)
+        await asyncio.sleep(0.1)
+        assert await cancelled(task)
+        assert db._db._connections._idle == [held]
+
+    run(scenario, f"sqlite:///{path}", pool_size=1)
+
+
+def beat(store: SwarmDB) -> None:
+    store.heartbeat("a")
+
+
+def begin(store: SwarmDB) -> None:
+    with store.transaction():
+        pass
+
+
+@pytest.mark.parametrize("step", [beat, begin])
+def test_a_call_that_is_made_of_many_short_statements_ends_between_two(
+    url: str, step: Callable[[SwarmDB], None]
+) -> None:
+    def work(store: SwarmDB) -> None:
         while True:
-            store.heartbeat("a")
+            step(store)
 
     async def scenario(db: AsyncSwarmDB) -> None:
         await db.register_agent("a", "t")
-        task, begun = at_work(db, beat)
+        task, begun = at_work(db, work)
         await until(begun.is_set)
         await asyncio.sleep(0.01)
         assert await cancelled(task)
@@ -164,6 +211,34 @@ def test_a_statement_is_cancelled_until_it_ends_and_its_worker_waits_for_that(pa
         assert sent[:4] == ["begun", "done", "begun", "done"]
         await db.list_agents()
         assert sent[-1] == "ended"
+
+    run(scenario, f"sqlite:///{path}", pool_size=1)
+
+
+@pytest.mark.parametrize("answers", [[False, True, True], []])
+def test_a_statement_after_a_cancellation_that_failed_may_be_hit(
+    path: Path, monkeypatch: pytest.MonkeyPatch, answers: list[bool]
+) -> None:
+    monkeypatch.setattr(threading, "excepthook", lambda _: None)
+    sent = threading.Event()
+    certain: list[bool] = []
+
+    def cancel() -> bool:
+        sent.set()
+        return answers.pop(0)
+
+    def work(_: SwarmDB) -> None:
+        assert statement_begins(cancel)
+        sent.wait()
+        time.sleep(0.12)  # As long as it takes to try again.
+        certain.append(statement_ends())
+
+    async def scenario(db: AsyncSwarmDB) -> None:
+        task, begun = at_work(db, work)
+        await until(begun.is_set)
+        await asyncio.sleep(0.01)
+        assert await cancelled(task)
+        assert certain == [False]
 
     run(scenario, f"sqlite:///{path}", pool_size=1)
 

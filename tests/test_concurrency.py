@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 
 from moai_flow.memory import ClosedError, EventData, StorageError, SwarmDB, TransactionError
+from moai_flow.memory.connections import is_open_here
 
 SPAWN = multiprocessing.get_context("spawn")
 
@@ -246,6 +247,13 @@ def test_in_memory_all_threads_see_one_database() -> None:
         assert another.get_events() == []
 
 
+def test_in_memory_nothing_is_open_after_closing() -> None:
+    db = SwarmDB(":memory:")
+    db.register_agent("a", "t")
+    db.close()
+    assert not any(held.is_open for held in list(db._connections._open))
+
+
 def test_in_memory_the_database_outlives_its_failed_connections() -> None:
     with SwarmDB(":memory:") as db:
         db.register_agent("a", "t")
@@ -285,6 +293,19 @@ def test_a_forked_child_goes_on_with_connections_of_its_own(path: Path) -> None:
         db.insert_event(event("parent"))
         assert len(db.get_events()) == 6
         assert db.check().ok
+
+
+def test_a_forked_child_has_no_file_open_until_it_opens_one(path: Path) -> None:
+    with SwarmDB(path) as db:
+        db.register_agent("a", "t")
+        assert is_open_here(path)
+
+        def child() -> None:
+            assert not is_open_here(path)
+            db.register_agent("b", "t")
+            assert is_open_here(path)
+
+        assert forked(child) == 0
 
 
 def test_a_forked_child_has_a_copy_of_what_is_in_memory() -> None:

@@ -22,6 +22,7 @@ from moai_flow.memory import (
     SchemaError,
     StorageError,
     SwarmDB,
+    TransactionError,
 )
 
 EVENT = {"event_type": "spawn", "agent_id": "a", "agent_type": "t"}
@@ -423,6 +424,16 @@ def test_a_callers_engine_gets_nothing_back_that_a_dead_thread_left(engine: Engi
                 assert (raw.isolation_level, raw.row_factory, raw.in_transaction) == ("", None, False)
 
 
+def test_a_connection_of_a_callers_engine_that_is_given_up_is_no_complaint(
+    engine: Engine, caplog: pytest.LogCaptureFixture
+) -> None:
+    with SwarmDB(engine=engine) as db:
+        with pytest.raises(TransactionError), db.transaction() as conn:
+            conn.close()  # type: ignore[attr-defined]
+        db.register_agent("a", "t")
+    assert caplog.records == []
+
+
 def test_an_engine_whose_statements_fail_is_a_storage_error(engine: Engine) -> None:
     engine.connect().close()
 
@@ -451,6 +462,30 @@ def test_a_pool_of_one_is_enough_and_free_for_its_owner(path: Path) -> None:
             assert connection.exec_driver_sql("SELECT count(*) FROM agent_registry").scalar() == 1
         with db.transaction():
             db.register_agent("b", "t")
+    engine.dispose()
+
+
+def test_a_connection_of_a_pool_of_one_that_was_closed_makes_room_for_its_successor(path: Path) -> None:
+    engine = create_engine(f"sqlite:///{path}", poolclass=QueuePool, pool_size=1, max_overflow=0, pool_timeout=0.1)
+    with SwarmDB(engine=engine) as db:
+        raw: Any = db._get_connection()
+        raw.close()
+        assert db._get_connection().execute("SELECT 1").fetchone()[0] == 1
+    engine.dispose()
+
+
+def test_a_forked_child_leaves_what_is_in_a_callers_pool_to_the_parent(path: Path) -> None:
+    engine = create_engine(f"sqlite:///{path}", poolclass=QueuePool)
+    with SwarmDB(engine=engine) as db:
+        with db.transaction() as parents:
+            db.register_agent("a", "t")
+        child = os.fork()
+        if child == 0:
+            with db.transaction() as raw:
+                os._exit(raw is parents)
+        assert os.waitpid(child, 0)[1] == 0
+        with db.transaction() as raw:
+            assert raw is parents
     engine.dispose()
 
 

@@ -15,6 +15,7 @@ from contextlib import suppress
 from datetime import UTC, datetime
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
+from types import FrameType
 from typing import Any
 from uuid import uuid4
 
@@ -25,6 +26,7 @@ from sqlalchemy import create_engine, make_url
 
 from moai_flow.memory import (
     BusyError,
+    ClosedError,
     CorruptDataError,
     EventData,
     SchemaError,
@@ -32,6 +34,7 @@ from moai_flow.memory import (
     SwarmDB,
     SwarmDBError,
     TransactionError,
+    connections,
 )
 from moai_flow.memory.connections import Limit, Permits
 from moai_flow.memory.migrations import VERSION
@@ -334,6 +337,8 @@ def test_a_caught_conflict_of_a_domain_call_leaves_the_block_as_it_was(store: Sw
         with pytest.raises(SwarmDBError):
             store.insert_event(EVENT, event_id="taken")
         store.register_agent("a", "t")
+        with pytest.raises(psycopg.errors.InvalidSavepointSpecification), store.transaction() as raw:
+            raw.execute("RELEASE SAVEPOINT swarmdb_call")  # None of those that a call sets is left.
 
     assert len(store.get_events()) == 1
     assert store.get_agent("a") is not None
@@ -464,6 +469,57 @@ def test_a_read_goes_on_where_its_connection_was_lost_and_a_write_tells(postgres
     assert {agent.agent_id for agent in store.list_agents()} == {"a", "b"}
 
 
+def test_the_first_error_of_a_lost_connection_is_told(postgres_url: str, store: SwarmDB) -> None:
+    waiting = "datname = current_database() AND wait_event_type = 'Lock'"
+
+    def lose() -> None:
+        while not run(postgres_url, f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE {waiting}"):
+            time.sleep(0.01)
+
+    store.insert_event(EVENT)
+    with SwarmDB(url=postgres_url) as other, other.transaction() as conn:
+        conn.execute("LOCK agent_events")
+        thread = threading.Thread(target=lose)
+        with pytest.raises(StorageError, match="terminating connection"), store.transaction():
+            store.register_agent("a", "t")
+            thread.start()
+            store.insert_event(EVENT)
+        thread.join()
+    assert store.list_agents() == []
+
+
+def test_an_idle_connection_that_no_longer_answers_is_closed_and_a_write_takes_another(
+    postgres_url: str, store: SwarmDB, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(connections, "_TRUSTED", 0)
+    store.register_agent("a", "t")
+    others = "datname = current_database() AND pid <> pg_backend_pid()"
+    assert len(run(postgres_url, f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE {others}")) == 1
+    store.register_agent("b", "t")
+    gc.collect()
+    assert caplog.records == []
+    assert set(store._connections._open) == set(store._connections._idle)
+
+
+def test_an_interrupt_while_a_connection_is_closed_takes_no_place_in_the_pool(postgres_url: str) -> None:
+    def interrupt(frame: FrameType, kind: str, argument: object) -> None:
+        if kind == "call" and frame.f_code.co_name == "invalidate":
+            raise KeyboardInterrupt  # Python then takes the profile function away.
+
+    with SwarmDB(url=postgres_url, pool_size=1, busy_timeout=0) as db:
+        db.register_agent("a", "t")
+        others = "datname = current_database() AND pid <> pg_backend_pid()"
+        run(postgres_url, f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE {others}")
+        sys.setprofile(interrupt)
+        try:
+            with pytest.raises(KeyboardInterrupt) as kept:
+                db.insert_event(EVENT)
+        finally:
+            sys.setprofile(None)
+        assert len(db.list_agents()) == 1
+        assert kept.value is not None
+
+
 def test_of_many_idle_connections_that_were_lost_one_failed_call_is_enough(postgres_url: str, store: SwarmDB) -> None:
     together = threading.Barrier(4)
     store.register_agent("a", "t")  # The first write looks for old rows, and what reads goes on by itself.
@@ -542,6 +598,58 @@ def test_a_place_in_the_pool_that_nobody_has_any_more_is_free_again() -> None:
     assert permits.take() is not None
 
 
+def test_errors_that_somebody_keeps_take_no_place_in_the_pool(postgres_server: Server, postgres_url: str) -> None:
+    name, elsewhere = make_url(postgres_url).database, postgres_server.url("postgres")
+    errors = []
+    with SwarmDB(url=postgres_url, pool_size=1, busy_timeout=0) as db:
+        run(elsewhere, f'ALTER DATABASE "{name}" ALLOW_CONNECTIONS false')
+        run(elsewhere, "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = %s", name)
+        for _ in range(3):
+            try:
+                db.register_agent("a", "t")
+            except StorageError as error:
+                errors.append(error)
+        assert not any(isinstance(error, BusyError) for error in errors)
+        run(elsewhere, f'ALTER DATABASE "{name}" ALLOW_CONNECTIONS true')
+        assert db.list_agents() == []
+    assert len(errors) == 3
+
+
+def test_a_call_that_waits_for_a_place_has_it_when_another_gives_up_its_connection(postgres_url: str) -> None:
+    with SwarmDB(url=postgres_url, pool_size=1, busy_timeout=3600) as db:
+        permits = db._connections._permits
+        assert permits is not None
+        thread = threading.Thread(target=db.list_agents)
+        with suppress(KeyboardInterrupt), db.transaction():
+            thread.start()
+            while not permits._changed._waiters:  # type: ignore[attr-defined]
+                time.sleep(0.001)
+            raise KeyboardInterrupt
+        thread.join()
+
+
+def test_a_call_that_waits_for_a_place_while_the_database_is_closed_is_refused(postgres_url: str) -> None:
+    db = SwarmDB(url=postgres_url, pool_size=1)
+    refused = []
+
+    def read() -> None:
+        try:
+            db.list_agents()
+        except ClosedError as error:
+            refused.append(error)
+
+    permits = db._connections._permits
+    assert permits is not None
+    with db.transaction():
+        thread = threading.Thread(target=read)
+        thread.start()
+        while not permits._changed._waiters:  # type: ignore[attr-defined]
+            time.sleep(0.001)
+        db.close()
+    thread.join()
+    assert len(refused) == 1
+
+
 def test_threads_that_wait_for_a_place_never_have_more_than_there_are() -> None:
     permits = Permits(Limit(connections=2, patience=30))
     interval = sys.getswitchinterval()
@@ -581,6 +689,17 @@ def test_a_fork_leaves_the_connections_to_the_parent(postgres_url: str, store: S
     store.register_agent("b", "t")
     assert raw.execute("SELECT count(*) FROM agent_registry").fetchone() == (3,)
     raw.rollback()
+
+
+def test_a_forked_child_has_all_places_of_the_pool(postgres_url: str) -> None:
+    with SwarmDB(url=postgres_url, pool_size=1, busy_timeout=0) as db:
+        with db.transaction():
+            db.register_agent("a", "t")
+            child = os.fork()
+            if child == 0:
+                os._exit(len(db.list_agents()))
+            assert os.waitpid(child, 0)[1] == 0
+        assert len(db.list_agents()) == 1
 
 
 def test_deleting_a_key_many_times_at_once_is_no_error(store: SwarmDB) -> None:

@@ -3,10 +3,12 @@
 import asyncio
 import contextvars
 import sqlite3
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, suppress
 from pathlib import Path
+from types import FrameType
 
 import psycopg
 import pytest
@@ -113,6 +115,27 @@ def test_an_inner_block_that_nobody_can_end_any_more_is_not_kept_by_the_outer(db
     assert agents(db) == {"b"}
 
 
+def test_an_inner_block_that_nobody_can_end_is_not_kept_though_its_own_undoing_was_interrupted(
+    db: SwarmDB, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(frame: FrameType, kind: str, argument: object) -> None:
+        if kind == "call" and frame.f_code.co_name == "abandon":
+            raise KeyboardInterrupt  # Python then takes the profile function away.
+
+    monkeypatch.setattr(sys, "unraisablehook", lambda _: None)
+    with pytest.raises(TransactionError, match="ended inside"), db.transaction():
+        inner = db.transaction()
+        inner.__enter__()
+        db.register_agent("a", "t")
+        sys.setprofile(interrupt)
+        try:
+            del inner
+        finally:
+            sys.setprofile(None)
+        assert len(db._connections.local.blocks) == 2
+    assert agents(db) == set()
+
+
 def test_a_block_is_entered_once(db: SwarmDB) -> None:
     block = db.transaction()
     with block:
@@ -138,6 +161,30 @@ def test_a_block_is_left_once(file_db: SwarmDB, error: OopsError | None) -> None
     idle = file_db._connections._idle
     assert len(idle) == len({id(held) for held in idle})
     assert agents(file_db) == {"a", "b"}
+
+
+def test_an_interrupted_block_is_over_though_somebody_still_has_it(db: SwarmDB) -> None:
+    block = db.transaction()
+    with suppress(KeyboardInterrupt), block:
+        db.register_agent("a", "t")
+        raise KeyboardInterrupt
+    assert db._connections.local.blocks == []
+    db.register_agent("b", "t")
+    with pytest.raises(TransactionError, match="left once"):
+        block.__exit__(None, None, None)
+    assert agents(db) == {"b"}
+
+
+def test_an_inner_block_that_cannot_be_undone_by_itself_is_undone_with_the_outer(db: SwarmDB) -> None:
+    with pytest.raises(TransactionError, match="ended inside"), db.transaction():
+        db.register_agent("a", "t")
+        with suppress(OopsError), db.transaction() as raw:
+            db.register_agent("b", "t")
+            raw.execute("RELEASE SAVEPOINT swarmdb_1")
+            raise OopsError
+    assert agents(db) == set()
+    db.register_agent("c", "t")
+    assert agents(db) == {"c"}
 
 
 def test_blocks_are_nested_as_deep_as_one_likes(db: SwarmDB) -> None:
@@ -177,6 +224,45 @@ def test_a_connection_on_which_an_interrupt_came_is_not_used_again(file_db: Swar
                 raise error
     assert raws[0] is raws[1]
     assert raws[1] is not raws[2]
+
+
+@pytest.mark.parametrize("step", ["leave", "_keep", "_settle", "take_back", "_end", "give", "abandon"])
+def test_an_interrupt_at_any_step_of_the_end_of_a_block_leaves_no_connection_that_is_closed(
+    db: SwarmDB, step: str
+) -> None:
+    def interrupt(frame: FrameType, kind: str, argument: object) -> None:
+        if kind == "call" and frame.f_code.co_name == step:
+            raise KeyboardInterrupt  # Python then takes the profile function away.
+
+    db.register_agent("a", "t")
+    try:
+        with pytest.raises(KeyboardInterrupt), db.transaction():
+            db.register_agent("b", "t")
+            sys.setprofile(interrupt)
+    finally:
+        sys.setprofile(None)
+    connections = db._connections
+    assert connections.local.blocks == []
+    assert all(held.is_open and not held.in_transaction for held in connections._idle)
+    db.register_agent("c", "t")
+    assert agents(db) in ({"a", "c"}, {"a", "b", "c"})
+
+
+def test_a_connection_of_a_single_call_on_which_an_interrupt_came_is_not_used_again(file_db: SwarmDB) -> None:
+    def interrupt(frame: FrameType, kind: str, argument: object) -> None:
+        if kind == "call" and frame.f_code.co_name == "fetch":
+            raise KeyboardInterrupt  # Python then takes the profile function away.
+
+    file_db.register_agent("a", "t")
+    held = file_db._connections._idle[-1]
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            sys.setprofile(interrupt)
+            file_db.list_agents()
+    finally:
+        sys.setprofile(None)
+    assert not held.is_open
+    assert held not in file_db._connections._idle
 
 
 def test_an_interrupt_comes_out_as_itself_though_cleaning_up_after_it_fails() -> None:
@@ -244,6 +330,15 @@ def test_a_session_is_typed_and_joined(db: SwarmDB) -> None:
         assert loaded.status is AgentStatus.ERROR  # The session sees what the domain call wrote.
 
     assert agents(db) == {"a"}
+
+
+def test_a_session_that_is_first_used_in_an_inner_block_goes_on_after_it(db: SwarmDB) -> None:
+    with db.session() as session:
+        with db.transaction():
+            session.add(RegisteredAgent(agent_id="a", agent_type="t"))
+            db.register_agent("b", "t")
+        session.add(RegisteredAgent(agent_id="c", agent_type="t"))
+    assert agents(db) == {"a", "b", "c"}
 
 
 def test_objects_of_a_session_stay_readable_after_it(db: SwarmDB) -> None:
@@ -707,6 +802,13 @@ def test_a_pinned_connection_that_was_closed_is_replaced(file_db: SwarmDB) -> No
 
     file_db.register_agent("a", "t")
     assert file_db._get_connection().execute("SELECT agent_id FROM agent_registry").fetchone()["agent_id"] == "a"
+
+
+def test_the_pinned_connection_of_the_thread_that_closes_is_closed(file_db: SwarmDB) -> None:
+    conn = file_db._get_connection()
+    file_db.close()
+    with pytest.raises(sqlite3.ProgrammingError, match="closed"):
+        conn.execute("SELECT 1")
 
 
 def test_blocks_and_calls_after_close_are_refused(db: SwarmDB) -> None:

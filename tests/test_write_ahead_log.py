@@ -1,14 +1,20 @@
 """The log beside a file: how large it gets, and that it shrinks again."""
 
+import sqlite3
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
-from moai_flow.memory import EventData, SwarmDB
-from moai_flow.memory.engine import LOG_LIMIT_MIB, locate, log_bytes
+import pytest
 
+from driver import counting
+from moai_flow.memory import EventData, SwarmDB, connections
+from moai_flow.memory.engine import LOG_LIMIT_MIB, locate, log_bytes
+from reliability.injecting import injecting
+
+CUT = "PRAGMA wal_checkpoint(TRUNCATE)"
 LIMIT = LOG_LIMIT_MIB * 1024 * 1024
 LARGE: EventData = {"event_type": "spawn", "agent_id": "a", "agent_type": "t", "metadata": {"text": "x" * 10_000}}
 
@@ -76,6 +82,46 @@ def test_a_log_that_has_grown_is_cut_by_who_only_reads_too(path: Path) -> None:
             for _ in range(300):
                 reader.get_agent("a")  # What can't be cut now is no failure.
             assert wal_bytes(db) > 2 * LIMIT
+
+
+def look(db: SwarmDB) -> None:
+    """Read once, where it is time to look at the log."""
+    db._connections._uses = connections._LOOK_AFTER - 1
+    db.get_agent("a")
+
+
+def test_a_log_that_cannot_be_cut_is_left_for_longer_and_longer(path: Path) -> None:
+    with counting() as sent, SwarmDB(path) as db, reading(db):
+        while wal_bytes(db) <= 2 * LIMIT:
+            db.insert_events([LARGE] * 300)
+        sent.clear()
+        for number in range(1, 9):
+            db._connections._may_cut_from = 0
+            look(db)
+            look(db)  # Too soon.
+            assert sent.count(CUT) == number
+        assert db._connections._cut_again_after == connections._CUT_AGAIN_AT_LAST
+
+
+def test_what_fails_as_the_log_is_cut_harms_no_call_and_leaves_no_connection(path: Path) -> None:
+    with injecting() as injector, SwarmDB(path) as db:
+        with reading(db):
+            while wal_bytes(db) <= 2 * LIMIT:
+                db.insert_events([LARGE] * 300)
+            db._connections._may_cut_from = 0
+            injector.arm(0, None)
+            look(db)
+            at = 1 + injector.sent.index(CUT)
+            db._connections._may_cut_from = 0
+            injector.arm(at, sqlite3.OperationalError("disk I/O error"))
+            look(db)
+            assert injector.has_raised
+            db._connections._may_cut_from = 0
+            injector.arm(at, KeyboardInterrupt())
+            with pytest.raises(KeyboardInterrupt) as caught:
+                look(db)
+        assert set(filter(lambda held: held.is_open, db._connections._open)) == set(db._connections._idle)
+        assert caught.value.__traceback__ is not None  # It has what it came up in.
 
 
 def test_vacuum_keeps_no_writer_waiting_for_a_reader(path: Path) -> None:

@@ -412,11 +412,21 @@ def test_no_connection_is_opened_to_another_file_than_the_first(path: Path, tmp_
             except StorageError as error:
                 errors.append(error)
 
-        with db.transaction():
+        with db.transaction(), without_cycle_collector():
+            before = open_files(path)
             thread = threading.Thread(target=call)
             thread.start()
             thread.join()
+            assert open_files(path) == before
         assert "replaced" in str(errors)
+
+
+def test_a_read_that_failed_is_made_again_only_if_its_connection_was_lost(path: Path) -> None:
+    with injecting() as injector, SwarmDB(path) as db:
+        injector.arm(1, sqlite3.DatabaseError("malformed"))
+        with pytest.raises(StorageError, match="malformed"):
+            db.get_events()
+        assert len(injector.sent) == 1
 
 
 def test_a_file_that_is_seen_again_is_worked_on(path: Path) -> None:
