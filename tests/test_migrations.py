@@ -3,16 +3,19 @@
 import sqlite3
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
+from sqlalchemy import create_engine, event
 
-from moai_flow.memory import AgentStatus, BusyError, EventType, MemoryType, StorageError, SwarmDB
+from moai_flow.memory import AgentStatus, BusyError, EventType, MemoryType, SchemaError, StorageError, SwarmDB
 from test_schema import SPECIFIED
 
 FOREIGN = ("semantic_knowledge", "code_patterns")
@@ -402,6 +405,44 @@ def test_a_copy_that_cannot_be_written_stops_the_migration(legacy: Path) -> None
 
     assert everything(legacy) == before
     assert not list(legacy.parent.glob("*.bak*"))
+
+
+def test_an_earlier_copy_stays_and_what_takes_its_place_but_is_none_stops_the_migration(old: Path) -> None:
+    copy = old.with_name("swarm.db.2.0.0.bak")
+    copy.symlink_to(old.with_name("nowhere"))
+    before = everything(old)
+    with pytest.raises(StorageError, match="that comes before the migration failed"):
+        SwarmDB(old)
+    assert everything(old) == before
+    copy.unlink()
+    copy.write_bytes(b"earlier")
+    SwarmDB(old).close()
+
+    assert copy.read_bytes() == b"earlier"
+    assert rows(old, "SELECT value FROM schema_info WHERE key = 'version'") == [("2.1.0",)]
+
+
+def test_what_another_program_made_of_a_file_that_was_waited_for_counts(old: Path) -> None:
+    waits = threading.Event()
+    engine = create_engine(f"sqlite:///{old}", connect_args={"timeout": 60})
+
+    @event.listens_for(engine, "connect")
+    def trace(raw: Any, record: object) -> None:
+        raw.set_trace_callback(lambda sql: waits.set() if sql == "BEGIN IMMEDIATE" else None)
+
+    run(old, "PRAGMA journal_mode = WAL")
+    with closing(sqlite3.connect(old, isolation_level=None)) as holder, ThreadPoolExecutor(1) as pool:
+        holder.execute("BEGIN IMMEDIATE")
+        holder.execute("UPDATE schema_info SET value = '9.0.0' WHERE key = 'version'")
+        opening = pool.submit(SwarmDB, engine=engine)
+        assert waits.wait(60)
+        holder.execute("COMMIT")
+        with pytest.raises(SchemaError, match="upgrade"):
+            opening.result()
+    engine.dispose()
+
+    assert rows(old, "SELECT key, value FROM schema_info") == [("version", "9.0.0")]
+    assert not list(old.parent.glob("*.bak"))
 
 
 def test_a_file_that_another_program_writes_to_is_waited_for(legacy: Path) -> None:

@@ -1,25 +1,29 @@
 """The command that puts a backup in the place of a database."""
 
+import ast
 import multiprocessing
 import os
 import re
+import shutil
 import sqlite3
 import stat
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections import Counter
 from contextlib import closing
 from multiprocessing.synchronize import Event
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from cli.running import Command, execute
 from moai_flow.memory import BusyError, EventData, InvalidInputError, SchemaError, StorageError, SwarmDB
 from moai_flow.memory.cli import app
-from moai_flow.memory.restoring import restore_backup
+from moai_flow.memory.restoring import _copy_all, restore_backup
 
 SPAWN = multiprocessing.get_context("spawn")
 DEAD = """
@@ -181,6 +185,7 @@ def test_without_keeping_nothing_of_a_destroyed_one_is_left(saved: Path, path: P
 def hold_open(path: Path, is_open: Event, stop: Event) -> None:
     with SwarmDB(path) as db:
         db.list_agents()
+        SwarmDB(path).close()  # To open a file again, and close it, releases no lock on it.
         is_open.set()
         stop.wait()
         db.list_agents()
@@ -338,10 +343,15 @@ def test_a_backup_that_is_damaged_or_none_is_refused_and_nothing_is_changed(
 
         assert (ran.status, ran.out) == (1, ""), name
         assert complaint in ran.err
+        assert name in ran.err
         assert ran.err.count("\n") == 1
         assert (path.read_bytes(), files(tmp_path)) == before
     with pytest.raises(SchemaError):
         restore_backup("empty.db", path, overwrite=True)
+    for nothing in (tmp_path / "nowhere.db", os.devnull):
+        with pytest.raises(InvalidInputError, match="backup"):
+            restore_backup(nothing, path, overwrite=True)
+    assert (path.read_bytes(), files(tmp_path)) == before
 
 
 def test_a_backup_that_somebody_keeps_locked_is_busy(saved: Path, path: Path) -> None:
@@ -350,6 +360,8 @@ def test_a_backup_that_somebody_keeps_locked_is_busy(saved: Path, path: Path) ->
         raw.execute("BEGIN EXCLUSIVE")
         with pytest.raises(BusyError):
             restore_backup(saved, path, overwrite=True, busy_timeout=0)
+        with pytest.raises(BusyError), closing(sqlite3.connect(saved)) as original:  # Which was free a moment ago.
+            _copy_all(original, sqlite3.connect(":memory:"), saved, 0)
     assert agents(path) == ["after", "before"]
 
 
@@ -361,6 +373,58 @@ def test_a_backup_that_is_in_use_is_restored_with_what_its_log_holds(saved: Path
 
     assert agents(path) == ["before", "late"]
     assert agents(saved) == ["before", "late", "later"]
+
+
+AS_NOBODY = """
+import os, sys
+from pathlib import Path
+from moai_flow.memory import StorageError, SwarmDB
+from moai_flow.memory.restoring import restore_backup
+
+def agents(path):
+    with SwarmDB(path) as db:
+        return sorted(agent.agent_id for agent in db.list_agents())
+
+place = Path(sys.argv[1])
+if os.geteuid() == 0:
+    os.setuid(65534)
+shelf, link, new = place / "shelf", place / "link.db", place / "new.db"
+saved = shelf / "saved.db"
+link.symlink_to(saved)
+os.chmod(shelf, 0o555)
+for backup in (saved, link):
+    restore_backup(backup, new, overwrite=True)
+    print(agents(new), os.listdir(shelf))
+before = new.read_bytes()
+for ending in ("-wal", "-journal"):
+    os.chmod(shelf, 0o755)
+    unread = shelf / f"saved.db{ending}"
+    unread.write_bytes(b"what was committed last")
+    os.chmod(shelf, 0o555)
+    for backup in (saved, link):
+        try:
+            restore_backup(backup, new, overwrite=True)
+        except StorageError as error:
+            print("refused", new.read_bytes() == before)
+    os.chmod(shelf, 0o755)
+    unread.unlink()
+"""
+
+
+def test_a_backup_in_a_folder_that_can_not_be_written_is_restored_unless_it_has_a_log_there(saved: Path) -> None:
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:
+        shelf = Path(folder) / "place" / "shelf"
+        shelf.mkdir(parents=True)
+        shutil.copyfile(saved, shelf / "saved.db")
+        if os.geteuid() == 0:
+            Path(folder).chmod(0o755)
+            for file in (shelf.parent, shelf, shelf / "saved.db"):
+                os.chown(file, 65534, 65534)
+        program = [sys.executable, "-c", AS_NOBODY, str(shelf.parent)]
+        ran = subprocess.run(program, capture_output=True, text=True, check=False)
+    if "PermissionError" in ran.stderr and "site-packages" in ran.stderr:
+        pytest.skip("nobody may not read Python's packages here")
+    assert (ran.stdout.splitlines(), ran.stderr) == (["['before'] ['saved.db']"] * 2 + ["refused True"] * 4, "")
 
 
 def test_a_database_is_no_backup_of_itself(swarmdb: Command, saved: Path, path: Path, tmp_path: Path) -> None:
@@ -386,12 +450,70 @@ def test_a_link_to_the_database_stays_one(saved: Path, path: Path, tmp_path: Pat
 def test_a_new_file_is_the_users_own_and_one_that_is_replaced_keeps_its_mode(
     saved: Path, path: Path, tmp_path: Path
 ) -> None:
-    new = restore_backup(saved, tmp_path / "deep" / "new.db").path
+    new = restore_backup(saved, tmp_path / "deep" / "deeper" / "new.db").path
     path.chmod(0o664)
-    restore_backup(saved, path, overwrite=True)
+    kept = [restore_backup(saved, path, overwrite=True).kept]
+    path.write_bytes(b"rubbish" * 1000)
+    kept.append(restore_backup(saved, path, overwrite=True).kept)
 
     assert stat.S_IMODE(new.stat().st_mode) == 0o600
-    assert stat.S_IMODE(path.stat().st_mode) == 0o664
+    assert [stat.S_IMODE(folder.stat().st_mode) for folder in list(new.parents)[:2]] == [0o700, 0o700]
+    assert [stat.S_IMODE(file.stat().st_mode) for file in (path, *kept) if file is not None] == [0o664] * 3
+
+
+MODES = """
+import os, sys
+from pathlib import Path
+from moai_flow.memory.restoring import restore_backup
+
+seen = {}
+
+def look(event, arguments):
+    for file in os.scandir(folder) if event in ("os.chmod", "sqlite3.connect", "sqlite3.connect/handle") else ():
+        seen.setdefault(file.name.split(".")[-1], set()).add(file.stat().st_mode & 0o777)
+
+saved, path = map(Path, sys.argv[1:])
+folder = path.parent
+os.umask(0)
+sys.addaudithook(look)
+restore_backup(saved, path, overwrite=True)
+print(sorted((ending, sorted(map(oct, modes))) for ending, modes in seen.items() if ending != "db"))
+"""
+
+
+def test_what_is_half_written_may_be_read_by_nobody_who_may_not_read_the_whole(
+    saved: Path, path: Path, tmp_path: Path
+) -> None:
+    saved.rename(tmp_path / "backup").chmod(0o644)
+    for content in (b"rubbish" * 1000, None):
+        if content is not None:
+            path.write_bytes(content)
+        path.chmod(0o640)
+        program = [sys.executable, "-c", MODES, str(tmp_path / "backup"), str(path)]
+        seen = subprocess.run(program, check=True, capture_output=True, text=True).stdout
+        modes = dict(ast.literal_eval(seen))
+        assert "0o600" in modes["tmp"]
+        assert set(modes["tmp"]) | set(modes.get("bak", ())) <= {"0o600", "0o640"}
+
+
+def test_what_is_kept_of_a_destroyed_file_is_flushed_before_that_is_emptied(
+    saved: Path, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rubbish = b"rubbish" * 10_000
+    path.write_bytes(rubbish)
+    flushed: list[tuple[str, int]] = []
+    fsync = os.fsync
+
+    def note(descriptor: int) -> None:
+        fsync(descriptor)
+        status = os.fstat(descriptor)
+        assert path.stat().st_size == len(rubbish)
+        flushed.append(("folder", 0) if stat.S_ISDIR(status.st_mode) else ("file", status.st_size))
+
+    monkeypatch.setattr(os, "fsync", note)
+    restore_backup(saved, path, overwrite=True)
+
+    assert flushed == [("file", len(rubbish)), ("folder", 0)]
 
 
 def test_an_older_schema_is_restored_as_it_is(saved: Path, path: Path) -> None:
@@ -414,6 +536,40 @@ def test_a_servers_database_is_not_restored_from_a_file(swarmdb: Command, saved:
 
     assert (ran.status, ran.out) == (1, "")
     assert "pg_restore" in ran.err
+
+
+NO_ROOM = """
+import resource, signal, sys
+from moai_flow.memory import StorageError
+from moai_flow.memory.restoring import restore_backup
+
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))
+try:
+    restore_backup(*sys.argv[1:], overwrite=True)
+except StorageError as error:
+    print(error)
+"""
+
+
+def test_where_there_is_no_room_to_keep_a_database_it_stays_as_it_is(saved: Path, path: Path, tmp_path: Path) -> None:
+    with SwarmDB(path) as db:
+        db.store_memory("s", "semantic", "k", "x" * 2_000_000)
+    before = files(tmp_path)
+    program = [sys.executable, "-c", NO_ROOM, str(saved), str(path)]
+    ran = subprocess.run(program, check=True, capture_output=True, text=True)
+
+    assert str(path) in ran.stdout
+    assert files(tmp_path) == before
+    assert agents(path) == ["after", "before"]
+    with SwarmDB(path) as db:
+        assert len(db.get_memory("s", "semantic", "k")) == 2_000_000
+
+
+@pytest.mark.parametrize("patience", [float("nan"), "soon", None])
+def test_what_is_no_number_of_seconds_is_refused(patience: Any, saved: Path, path: Path) -> None:
+    with pytest.raises(InvalidInputError, match="busy_timeout"):
+        restore_backup(saved, path, overwrite=True, busy_timeout=patience)
 
 
 @pytest.mark.parametrize("given", [5, "", "x\0y", None])

@@ -344,8 +344,6 @@ def _copy_aside(path: Path, version: str) -> None:
         # Through a connection of its own: it reads what is committed, whatever journal the file uses.
         with closing(sqlite3.connect(path)) as source:
             copy_to(source, target, mode_of(path))
-    except FileExistsError:
-        return  # Another process made it meanwhile.
     except (sqlite3.Error, OSError) as error:
         raise StorageError(f"{path}: the copy to {target} that comes before the migration failed: {error}") from error
 

@@ -21,7 +21,7 @@ from moai_flow.memory.backends import translated
 from moai_flow.memory.connections import copy_to, is_open_here
 from moai_flow.memory.engine import Location, locate, path_of_file
 from moai_flow.memory.errors import BusyError, InvalidInputError, SchemaError, StorageError, SwarmDBError
-from moai_flow.memory.files import flush_folder, make_file, mode_of
+from moai_flow.memory.files import flush_folder, make_file, make_folder, mode_of
 from moai_flow.memory.migrations import check_openable
 
 _LOG, _INDEX, _JOURNAL = "-wal", "-shm", "-journal"
@@ -93,7 +93,7 @@ def restore_backup(
             raise InvalidInputError("db_path", str(db_path), "a file that does not exist yet, or overwrite=True")
     unfinished = target.with_name(f"{target.name}.{uuid4().hex}.tmp")
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(target.parent)
         version = _copy(source, unfinished, busy_timeout)
         if is_open_here(target):
             raise _in_use(target)
@@ -258,8 +258,8 @@ def _move_aside(target: Path, *, keep: bool) -> Path | None:
         file = _locked_by_bytes(target, _SHARED_BYTES, target, opened)
         _locked_by_bytes(_beside(target, _INDEX), _INDEX_BYTES, target, opened)
         if keep and file is not None and not _is_empty(target):
-            with aside.open("xb") as kept:
-                aside.chmod(mode_of(target))
+            make_file(aside, mode_of(target))
+            with aside.open("r+b") as kept:
                 shutil.copyfileobj(file, kept)
                 kept.flush()
                 os.fsync(kept.fileno())
