@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from datetime import UTC, datetime, timedelta, timezone
+from datetime import UTC, datetime, timedelta, timezone, tzinfo
 from typing import Any
 
 import pytest
@@ -26,6 +26,11 @@ class Scores(BaseModel):
     scores: list[float]
 
 
+class NoZone(tzinfo):
+    def utcoffset(self, moment: datetime | None) -> Any:
+        return 5
+
+
 def without(key: str) -> dict[str, Any]:
     return {name: value for name, value in EVENT.items() if name != key}
 
@@ -36,6 +41,19 @@ BAD: dict[str, tuple[Callable[[Any], Any], str]] = {
         "event_type: got 'explode', expected one of 'spawn', 'complete', 'error'",
     ),
     "event type that is none": (lambda db: db.insert_event({**EVENT, "event_type": 7}), "event_type: got 7"),
+    "event type that can't be hashed": (lambda db: db.insert_event({**EVENT, "event_type": ["spawn"]}), "event_type: got"),
+    "event with unknown keys of several kinds": (
+        lambda db: db.insert_event({**EVENT, "agent": "a", None: 1, 7: 2}),
+        "only the keys agent_id, ",
+    ),
+    "filter by a type that a row brought, with NUL": (
+        lambda db: db.get_events(event_type=EventType.read("a\0")),
+        r"event_type: got 'a\\x00', expected text without",
+    ),
+    "time in a zone that is none": (
+        lambda db: db.insert_event({**EVENT, "timestamp": datetime(2025, 11, 30, tzinfo=NoZone())}),
+        "timestamp: got",
+    ),
     "event without type": (lambda db: db.insert_event(without("event_type")), "event_type"),
     "event without agent": (lambda db: db.insert_event(without("agent_id")), "agent_id: .*a dict with agent_id, "),
     "event with unknown key": (lambda db: db.insert_event({**EVENT, "agent": "a"}), "^agent: .*only the keys"),

@@ -346,6 +346,40 @@ def test_what_is_no_time_is_left_for_check_to_name(old: Path) -> None:
     ]
 
 
+def test_what_stands_beside_a_time_but_tells_no_zone_is_passed_over(old: Path, zone: str) -> None:
+    add_event(old, "local too", "2025-11-29T19:00:00", "2025-11-29T19:00:00")
+    add_event(old, "tells the zone", "2025-11-29T19:11:29.953194", "2025-11-29 10:11:29")
+    agent = "INSERT INTO agent_registry (agent_id, agent_type, status, spawn_time, last_updated) VALUES (?, 't', ?, ?, ?)"
+    for number, spawned in enumerate((1e300, 1e12, -1e300, 3e11, "soon", b"x")):  # No datetime holds any of these.
+        run(old, agent, f"a{number}", "running", spawned, "2025-11-29T19:00:00")
+    SwarmDB(old).close()
+
+    moment = "2025-11-29T10:00:00.000000+00:00"
+    assert rows(old, "SELECT timestamp FROM agent_events WHERE agent_id = 'local too'") == [(moment,)], zone
+    assert rows(old, "SELECT DISTINCT last_updated FROM agent_registry") == [(moment,)]
+
+
+def test_a_local_time_that_would_be_before_the_year_1_in_utc_stays(old: Path) -> None:
+    add_event(old, "first", "0001-01-01T00:00:00", "0001-01-01 00:00:00")
+    add_event(old, "tells the zone", "2025-11-29T19:11:29.953194", "2025-11-29 10:11:29")
+    run(old, "UPDATE agent_events SET created_at = '2025-11-30T10:00:00' WHERE agent_id = 'first'")  # No reference.
+    SwarmDB(old).close()
+
+    assert rows(old, "SELECT timestamp FROM agent_events ORDER BY id") == [
+        ("0001-01-01T00:00:00",),
+        ("2025-11-29T10:11:29.953194+00:00",),
+    ]
+
+
+def test_rows_with_numbers_below_1_are_brought_up_to_date_too(old: Path) -> None:
+    for number in (-(2**62), -1, 0, 1):
+        add_event(old, str(number), "2025-11-29T19:11:29.953194", "2025-11-29 10:11:29")
+        run(old, "UPDATE agent_events SET id = ? WHERE agent_id = ?", number, str(number))
+    SwarmDB(old).close()
+
+    assert rows(old, "SELECT DISTINCT timestamp FROM agent_events") == [("2025-11-29T10:11:29.953194+00:00",)]
+
+
 def test_a_file_of_many_rows_is_brought_up_to_date_in_chunks(old: Path) -> None:
     with closing(sqlite3.connect(old)) as connection:
         connection.executemany(

@@ -81,6 +81,13 @@ def test_urls_reach_files_and_memory(tmp_path: Path) -> None:
                 db.db_path  # noqa: B018 (a property that raises)
 
 
+def test_a_uri_may_have_letters_in_percent(tmp_path: Path) -> None:
+    with SwarmDB(url=f"sqlite:///file:{tmp_path}/a%20b.db?uri=true") as db:
+        assert db.db_path == tmp_path / "a b.db"
+        db.register_agent("a", "t")
+    assert [path.name for path in tmp_path.iterdir()] == ["a b.db"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [

@@ -235,6 +235,45 @@ def test_it_is_refused_while_this_process_has_the_database_open(destruction: str
     assert restore_backup(saved, path, overwrite=True).kept is not None
 
 
+def read_without_a_log(path: Path, is_open: Event, stop: Event) -> None:
+    with closing(sqlite3.connect(path, isolation_level=None)) as raw:
+        raw.execute("PRAGMA journal_mode = DELETE").fetchall()
+        raw.execute("BEGIN")
+        raw.execute("SELECT * FROM agent_registry").fetchall()
+        is_open.set()
+        stop.wait()
+
+
+def test_it_is_refused_while_another_process_reads_a_destroyed_database_without_a_log(saved: Path, path: Path) -> None:
+    is_open, stop = SPAWN.Event(), SPAWN.Event()
+    reader = SPAWN.Process(target=read_without_a_log, args=(path, is_open, stop), daemon=True)
+    reader.start()
+    is_open.wait()
+    with path.open("r+b") as file:
+        file.write(b"rubbish" * 1000)
+    before = (path.read_bytes(), files(path.parent))
+    with pytest.raises(BusyError, match="somebody has the database open"):
+        restore_backup(saved, path, overwrite=True, busy_timeout=0)
+
+    assert (path.read_bytes(), files(path.parent)) == before
+    stop.set()
+    reader.join()
+    restore_backup(saved, path, overwrite=True)
+    assert agents(path) == ["before"]
+
+
+def test_it_is_refused_while_somebody_reads_a_database_without_a_log(saved: Path, path: Path) -> None:
+    with closing(sqlite3.connect(path, isolation_level=None)) as raw:
+        raw.execute("PRAGMA journal_mode = DELETE").fetchall()
+        raw.execute("BEGIN")
+        raw.execute("SELECT * FROM agent_registry").fetchall()
+        before = files(path.parent)
+        with pytest.raises(BusyError, match="somebody has the database open"):
+            restore_backup(saved, path, overwrite=True, busy_timeout=0)
+        assert files(path.parent) == before
+    assert agents(path) == ["after", "before"]
+
+
 def test_it_waits_for_who_is_about_to_close(saved: Path, path: Path) -> None:
     raw = sqlite3.connect(path, check_same_thread=False)
     raw.execute("SELECT * FROM agent_registry").fetchall()
@@ -408,6 +447,11 @@ for ending in ("-wal", "-journal"):
             print("refused", new.read_bytes() == before)
     os.chmod(shelf, 0o755)
     unread.unlink()
+os.chmod(new, 0o444)
+try:
+    restore_backup(saved, new, overwrite=True, busy_timeout=1e6)
+except StorageError as error:
+    print(error)
 """
 
 
@@ -424,7 +468,10 @@ def test_a_backup_in_a_folder_that_can_not_be_written_is_restored_unless_it_has_
         ran = subprocess.run(program, capture_output=True, text=True, check=False)
     if "PermissionError" in ran.stderr and "site-packages" in ran.stderr:
         pytest.skip("nobody may not read Python's packages here")
-    assert (ran.stdout.splitlines(), ran.stderr) == (["['before'] ['saved.db']"] * 2 + ["refused True"] * 4, "")
+    *said, last = ran.stdout.splitlines()
+    assert (said, ran.stderr) == (["['before'] ['saved.db']"] * 2 + ["refused True"] * 4, "")
+    assert "new.db: " in last
+    assert "open" not in last  # It can't be written, which no waiting would change.
 
 
 def test_a_database_is_no_backup_of_itself(swarmdb: Command, saved: Path, path: Path, tmp_path: Path) -> None:
