@@ -30,6 +30,12 @@ class NoZone(tzinfo):
     def utcoffset(self, moment: datetime | None) -> Any:
         return 5
 
+    def tzname(self, moment: datetime | None) -> None:
+        return None
+
+    def dst(self, moment: datetime | None) -> None:
+        return None
+
 
 def without(key: str) -> dict[str, Any]:
     return {name: value for name, value in EVENT.items() if name != key}
@@ -41,9 +47,12 @@ BAD: dict[str, tuple[Callable[[Any], Any], str]] = {
         "event_type: got 'explode', expected one of 'spawn', 'complete', 'error'",
     ),
     "event type that is none": (lambda db: db.insert_event({**EVENT, "event_type": 7}), "event_type: got 7"),
-    "event type that can't be hashed": (lambda db: db.insert_event({**EVENT, "event_type": ["spawn"]}), "event_type: got"),
+    "event type that can't be hashed": (
+        lambda db: db.insert_event({**EVENT, "event_type": ["spawn"]}),
+        "event_type: got",
+    ),
     "event with unknown keys of several kinds": (
-        lambda db: db.insert_event({**EVENT, "agent": "a", None: 1, 7: 2}),
+        lambda db: db.insert_event({**EVENT, **dict.fromkeys(["agent", None, 7])}),
         "only the keys agent_id, ",
     ),
     "filter by a type that a row brought, with NUL": (
@@ -221,6 +230,17 @@ def test_models_refuse_what_their_columns_do() -> None:
         event.event_type = "explode"  # type: ignore[assignment]
     with pytest.raises(ValueError, match="not read from a database"):
         event.cursor  # noqa: B018 (a property that raises)
+
+
+def test_the_largest_number_that_a_column_holds_is_taken(db: SwarmDB) -> None:
+    largest = 2**63 - 1
+    db.store_task_metric("t", "a", largest, "success", largest, largest)
+    db.store_task_metrics(
+        [{"task_id": "u", "agent_id": "a", "duration_ms": largest, "result": "success", "tokens_used": largest}]
+    )
+
+    (one,), (other,) = db.get_task_metrics("t"), db.get_task_metrics("u")
+    assert {one.duration_ms, one.tokens_used, one.files_changed, other.duration_ms, other.tokens_used} == {largest}
 
 
 def test_a_str_of_the_callers_own_enum_is_stored_as_text(db: SwarmDB) -> None:

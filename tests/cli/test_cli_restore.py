@@ -351,6 +351,21 @@ def lose_a_row_of_an_index(path: Path) -> None:
             raw.execute(statement, index if "VALUES" in statement else ())
 
 
+def unquotable(whole: bytes) -> bytes:
+    """Return a file that SQLite complains about in words that are not UTF-8."""
+    return whole.replace(b"CREATE TABLE agent_metrics", b"CREATE T\xe9\xe9LE agent_metrics")
+
+
+def test_a_database_whose_schema_is_no_text_is_replaced_and_kept(saved: Path, path: Path) -> None:
+    damaged = unquotable(path.read_bytes())
+    path.write_bytes(damaged)
+    done = restore_backup(saved, path, overwrite=True)
+
+    assert agents(path) == ["before"]
+    assert done.kept is not None
+    assert done.kept.read_bytes() == damaged
+
+
 def test_a_backup_that_is_damaged_or_none_is_refused_and_nothing_is_changed(
     swarmdb: Command, saved: Path, path: Path, tmp_path: Path
 ) -> None:
@@ -359,6 +374,7 @@ def test_a_backup_that_is_damaged_or_none_is_refused_and_nothing_is_changed(
     lose_a_row_of_an_index(tmp_path / "index.db")
     for name, damaged in {
         "half.db": whole[: len(whole) // 2],
+        "quoted.db": unquotable(whole),
         "flipped.db": whole[:8192] + b"\x55" * 4096 + whole[12288:],
         "text.db": b"This is no database, and long enough for SQLite to see that it is none.\n" * 20,
         "empty.db": b"",
@@ -371,6 +387,7 @@ def test_a_backup_that_is_damaged_or_none_is_refused_and_nothing_is_changed(
     for name, complaint in {
         "index.db": "the backup is damaged",
         "half.db": "malformed",
+        "quoted.db": "the file is damaged",
         "flipped.db": "malformed",
         "text.db": "file is not a database",
         "empty.db": "none of SwarmDB's tables",

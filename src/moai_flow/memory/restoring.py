@@ -101,7 +101,7 @@ def restore_backup(
             kept = _put_in_place(copy, target, keep=keep, patience=busy_timeout)
     except SwarmDBError:
         raise
-    except sqlite3.Error as error:
+    except (sqlite3.Error, UnicodeDecodeError) as error:
         raise translated(error, str(target)) from error
     except OSError as error:
         raise StorageError(f"{target}: the backup can't be put there: {error}") from error
@@ -142,7 +142,7 @@ def _copy(source: Path, unfinished: Path, patience: float) -> str | None:
             version, is_ours = check_openable(copy, Location(locate(source, None).url, source))
     except SwarmDBError:
         raise
-    except sqlite3.Error as error:
+    except (sqlite3.Error, UnicodeDecodeError) as error:
         raise translated(error, f"{source}: the backup can't be read") from error
     if not is_ours:
         raise SchemaError(f"{source}: it has none of SwarmDB's tables, so it is no backup of one")
@@ -191,6 +191,8 @@ def _put_in_place(copy: sqlite3.Connection, target: Path, *, keep: bool, patienc
             return _replace(copy, target, keep=keep, patience=patience)
         except SwarmDBError:
             raise
+        except UnicodeDecodeError:
+            pass  # SQLite would quote the damage, and Python can't read that.
         except sqlite3.DatabaseError as error:
             if error.sqlite_errorcode & 0xFF not in _DAMAGED:
                 raise
