@@ -20,6 +20,7 @@ from moai_flow.memory import (
 )
 
 EVENT = {"event_type": "spawn", "agent_id": "a", "agent_type": "t"}
+ODD_KEYS: dict[Any, Any] = {"agent": "a", None: 1, 7: 2}
 
 
 class Scores(BaseModel):
@@ -52,7 +53,7 @@ BAD: dict[str, tuple[Callable[[Any], Any], str]] = {
         "event_type: got",
     ),
     "event with unknown keys of several kinds": (
-        lambda db: db.insert_event({**EVENT, **dict.fromkeys(["agent", None, 7])}),
+        lambda db: db.insert_event({**EVENT, **ODD_KEYS}),
         "only the keys agent_id, ",
     ),
     "filter by a type that a row brought, with NUL": (
