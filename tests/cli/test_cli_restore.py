@@ -182,6 +182,24 @@ def test_without_keeping_nothing_of_a_destroyed_one_is_left(saved: Path, path: P
     assert agents(path) == ["before"]
 
 
+@pytest.mark.parametrize("ending", ["-wal", "-journal"])
+def test_what_stands_beside_a_database_that_is_gone_is_kept_unread(ending: str, saved: Path, path: Path) -> None:
+    beside = path.with_name(f"swarm.db{ending}")
+    for number in (1, 2):
+        path.unlink() if number == 1 else os.truncate(path, 0)
+        beside.write_bytes(b"what was committed last")
+        restore_backup(saved, path, overwrite=True)
+        kept = list(path.parent.glob(f"swarm.db.*.bak{ending}"))
+
+        assert [file.read_bytes() for file in kept] == [b"what was committed last"] * number
+        assert agents(path) == ["before"]
+    os.truncate(path, 0)
+    beside.write_bytes(b"what was committed last")
+    restore_backup(saved, path, overwrite=True, keep=False)
+
+    assert len(list(path.parent.glob(f"*{ending}"))) == 2
+
+
 def hold_open(path: Path, is_open: Event, stop: Event) -> None:
     with SwarmDB(path) as db:
         db.list_agents()
