@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta, timezone, tzinfo
+from enum import Enum, StrEnum
 from typing import Any
 
 import pytest
@@ -244,13 +245,21 @@ def test_the_largest_number_that_a_column_holds_is_taken(db: SwarmDB) -> None:
     assert {one.duration_ms, one.tokens_used, one.files_changed, other.duration_ms, other.tokens_used} == {largest}
 
 
-def test_a_str_of_the_callers_own_enum_is_stored_as_text(db: SwarmDB) -> None:
-    from enum import StrEnum
+class NewStyle(StrEnum):
+    CODER = "coder-1"
 
-    class Agents(StrEnum):
-        CODER = "coder-1"
 
-    db.register_agent(Agents.CODER, "t")
+class OldStyle(str, Enum):  # noqa: UP042 (as text it is "OldStyle.CODER")
+    CODER = "coder-1"
+
+
+@pytest.mark.parametrize("coder", [NewStyle.CODER, OldStyle.CODER])
+def test_a_str_of_the_callers_own_enum_is_stored_as_text(coder: str, db: SwarmDB) -> None:
+    db.register_agent(coder, "t")
+    event_id = db.insert_event({"event_type": "spawn", "agent_id": coder, "agent_type": "t"}, coder)
+
+    assert type(event_id) is str
+    assert [event.event_id for event in db.get_events("coder-1")] == ["coder-1"]
     assert type(db.list_agents()[0].agent_id) is str
     assert db.get_agent("coder-1") is not None
 

@@ -465,6 +465,7 @@ if os.geteuid() == 0:
 shelf, link, new = place / "shelf", place / "link.db", place / "new.db"
 saved = shelf / "saved.db"
 link.symlink_to(saved)
+os.chmod(saved, 0o444)
 os.chmod(shelf, 0o555)
 for backup in (saved, link):
     restore_backup(backup, new, overwrite=True)
@@ -474,6 +475,7 @@ for ending in ("-wal", "-journal"):
     os.chmod(shelf, 0o755)
     unread = shelf / f"saved.db{ending}"
     unread.write_bytes(b"what was committed last")
+    os.chmod(unread, 0o444)
     os.chmod(shelf, 0o555)
     for backup in (saved, link):
         try:
