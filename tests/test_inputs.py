@@ -2,7 +2,8 @@
 
 import math
 from collections.abc import Callable
-from datetime import UTC, datetime, timedelta, timezone
+from datetime import UTC, datetime, timedelta, timezone, tzinfo
+from enum import Enum, StrEnum
 from typing import Any
 
 import pytest
@@ -20,10 +21,22 @@ from moai_flow.memory import (
 )
 
 EVENT = {"event_type": "spawn", "agent_id": "a", "agent_type": "t"}
+ODD_KEYS: dict[Any, Any] = {"agent": "a", None: 1, 7: 2}
 
 
 class Scores(BaseModel):
     scores: list[float]
+
+
+class NoZone(tzinfo):
+    def utcoffset(self, moment: datetime | None) -> Any:
+        return 5
+
+    def tzname(self, moment: datetime | None) -> None:
+        return None
+
+    def dst(self, moment: datetime | None) -> None:
+        return None
 
 
 def without(key: str) -> dict[str, Any]:
@@ -36,6 +49,22 @@ BAD: dict[str, tuple[Callable[[Any], Any], str]] = {
         "event_type: got 'explode', expected one of 'spawn', 'complete', 'error'",
     ),
     "event type that is none": (lambda db: db.insert_event({**EVENT, "event_type": 7}), "event_type: got 7"),
+    "event type that can't be hashed": (
+        lambda db: db.insert_event({**EVENT, "event_type": ["spawn"]}),
+        "event_type: got",
+    ),
+    "event with unknown keys of several kinds": (
+        lambda db: db.insert_event({**EVENT, **ODD_KEYS}),
+        "only the keys agent_id, ",
+    ),
+    "filter by a type that a row brought, with NUL": (
+        lambda db: db.get_events(event_type=EventType.read("a\0")),
+        r"event_type: got 'a\\x00', expected text without",
+    ),
+    "time in a zone that is none": (
+        lambda db: db.insert_event({**EVENT, "timestamp": datetime(2025, 11, 30, tzinfo=NoZone())}),
+        "timestamp: got",
+    ),
     "event without type": (lambda db: db.insert_event(without("event_type")), "event_type"),
     "event without agent": (lambda db: db.insert_event(without("agent_id")), "agent_id: .*a dict with agent_id, "),
     "event with unknown key": (lambda db: db.insert_event({**EVENT, "agent": "a"}), "^agent: .*only the keys"),
@@ -205,13 +234,32 @@ def test_models_refuse_what_their_columns_do() -> None:
         event.cursor  # noqa: B018 (a property that raises)
 
 
-def test_a_str_of_the_callers_own_enum_is_stored_as_text(db: SwarmDB) -> None:
-    from enum import StrEnum
+def test_the_largest_number_that_a_column_holds_is_taken(db: SwarmDB) -> None:
+    largest = 2**63 - 1
+    db.store_task_metric("t", "a", largest, "success", largest, largest)
+    db.store_task_metrics(
+        [{"task_id": "u", "agent_id": "a", "duration_ms": largest, "result": "success", "tokens_used": largest}]
+    )
 
-    class Agents(StrEnum):
-        CODER = "coder-1"
+    (one,), (other,) = db.get_task_metrics("t"), db.get_task_metrics("u")
+    assert {one.duration_ms, one.tokens_used, one.files_changed, other.duration_ms, other.tokens_used} == {largest}
 
-    db.register_agent(Agents.CODER, "t")
+
+class NewStyle(StrEnum):
+    CODER = "coder-1"
+
+
+class OldStyle(str, Enum):  # noqa: UP042 (as text it is "OldStyle.CODER")
+    CODER = "coder-1"
+
+
+@pytest.mark.parametrize("coder", [NewStyle.CODER, OldStyle.CODER])
+def test_a_str_of_the_callers_own_enum_is_stored_as_text(coder: str, db: SwarmDB) -> None:
+    db.register_agent(coder, "t")
+    event_id = db.insert_event({"event_type": "spawn", "agent_id": coder, "agent_type": "t"}, coder)
+
+    assert type(event_id) is str
+    assert [event.event_id for event in db.get_events("coder-1")] == ["coder-1"]
     assert type(db.list_agents()[0].agent_id) is str
     assert db.get_agent("coder-1") is not None
 

@@ -3,16 +3,19 @@
 import sqlite3
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
+from sqlalchemy import create_engine, event
 
-from moai_flow.memory import AgentStatus, BusyError, EventType, MemoryType, StorageError, SwarmDB
+from moai_flow.memory import AgentStatus, BusyError, EventType, MemoryType, SchemaError, StorageError, SwarmDB
 from test_schema import SPECIFIED
 
 FOREIGN = ("semantic_knowledge", "code_patterns")
@@ -343,6 +346,42 @@ def test_what_is_no_time_is_left_for_check_to_name(old: Path) -> None:
     ]
 
 
+def test_what_stands_beside_a_time_but_tells_no_zone_is_passed_over(old: Path, zone: str) -> None:
+    add_event(old, "local too", "2025-11-29T19:00:00", "2025-11-29T19:00:00")
+    add_event(old, "tells the zone", "2025-11-29T19:11:29.953194", "2025-11-29 10:11:29")
+    agent = (
+        "INSERT INTO agent_registry (agent_id, agent_type, status, spawn_time, last_updated) VALUES (?, 't', ?, ?, ?)"
+    )
+    for number, spawned in enumerate((1e300, 1e12, -1e300, 3e11, "soon", b"x")):  # No datetime holds any of these.
+        run(old, agent, f"a{number}", spawned)
+    SwarmDB(old).close()
+
+    moment = "2025-11-29T10:00:00.000000+00:00"
+    assert rows(old, "SELECT timestamp FROM agent_events WHERE agent_id = 'local too'") == [(moment,)], zone
+    assert rows(old, "SELECT DISTINCT last_updated FROM agent_registry") == [(moment,)]
+
+
+def test_a_local_time_that_would_be_before_the_year_1_in_utc_stays(old: Path) -> None:
+    add_event(old, "first", "0001-01-01T00:00:00", "0001-01-01 00:00:00")
+    add_event(old, "tells the zone", "2025-11-29T19:11:29.953194", "2025-11-29 10:11:29")
+    run(old, "UPDATE agent_events SET created_at = '2025-11-30T10:00:00' WHERE agent_id = 'first'")  # No reference.
+    SwarmDB(old).close()
+
+    assert rows(old, "SELECT timestamp FROM agent_events ORDER BY id") == [
+        ("0001-01-01T00:00:00",),
+        ("2025-11-29T10:11:29.953194+00:00",),
+    ]
+
+
+def test_rows_with_numbers_below_1_are_brought_up_to_date_too(old: Path) -> None:
+    for number in (-(2**62), -1, 0, 1):
+        add_event(old, str(number), "2025-11-29T19:11:29.953194", "2025-11-29 10:11:29")
+        run(old, "UPDATE agent_events SET id = ? WHERE agent_id = ?", number, str(number))
+    SwarmDB(old).close()
+
+    assert rows(old, "SELECT DISTINCT timestamp FROM agent_events") == [("2025-11-29T10:11:29.953194+00:00",)]
+
+
 def test_a_file_of_many_rows_is_brought_up_to_date_in_chunks(old: Path) -> None:
     with closing(sqlite3.connect(old)) as connection:
         connection.executemany(
@@ -402,6 +441,44 @@ def test_a_copy_that_cannot_be_written_stops_the_migration(legacy: Path) -> None
 
     assert everything(legacy) == before
     assert not list(legacy.parent.glob("*.bak*"))
+
+
+def test_an_earlier_copy_stays_and_what_takes_its_place_but_is_none_stops_the_migration(old: Path) -> None:
+    copy = old.with_name("swarm.db.2.0.0.bak")
+    copy.symlink_to(old.with_name("nowhere"))
+    before = everything(old)
+    with pytest.raises(StorageError, match="that comes before the migration failed"):
+        SwarmDB(old)
+    assert everything(old) == before
+    copy.unlink()
+    copy.write_bytes(b"earlier")
+    SwarmDB(old).close()
+
+    assert copy.read_bytes() == b"earlier"
+    assert rows(old, "SELECT value FROM schema_info WHERE key = 'version'") == [("2.1.0",)]
+
+
+def test_what_another_program_made_of_a_file_that_was_waited_for_counts(old: Path) -> None:
+    waits = threading.Event()
+    engine = create_engine(f"sqlite:///{old}", connect_args={"timeout": 60})
+
+    @event.listens_for(engine, "connect")
+    def trace(raw: Any, record: object) -> None:
+        raw.set_trace_callback(lambda sql: waits.set() if sql == "BEGIN IMMEDIATE" else None)
+
+    run(old, "PRAGMA journal_mode = WAL")
+    with closing(sqlite3.connect(old, isolation_level=None)) as holder, ThreadPoolExecutor(1) as pool:
+        holder.execute("BEGIN IMMEDIATE")
+        holder.execute("UPDATE schema_info SET value = '9.0.0' WHERE key = 'version'")
+        opening = pool.submit(SwarmDB, engine=engine)
+        assert waits.wait(60)
+        holder.execute("COMMIT")
+        with pytest.raises(SchemaError, match="upgrade"):
+            opening.result()
+    engine.dispose()
+
+    assert rows(old, "SELECT key, value FROM schema_info") == [("version", "9.0.0")]
+    assert not list(old.parent.glob("*.bak"))
 
 
 def test_a_file_that_another_program_writes_to_is_waited_for(legacy: Path) -> None:

@@ -82,6 +82,13 @@ def test_urls_reach_files_and_memory(tmp_path: Path) -> None:
                 db.db_path  # noqa: B018 (a property that raises)
 
 
+def test_a_uri_may_have_letters_in_percent(tmp_path: Path) -> None:
+    with SwarmDB(url=f"sqlite:///file:{tmp_path}/a%20b.db?uri=true") as db:
+        assert db.db_path == tmp_path / "a b.db"
+        db.register_agent("a", "t")
+    assert [path.name for path in tmp_path.iterdir()] == ["a b.db"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
@@ -151,13 +158,27 @@ def test_a_file_that_is_no_database_is_left_as_it_is(path: Path, content: bytes)
     assert list(path.parent.iterdir()) == [path]
 
 
+def test_a_version_that_can_not_be_read_is_not_taken_for_none(path: Path) -> None:
+    SwarmDB(path).close()
+    with closing(sqlite3.connect(path)) as connection:
+        (root,) = connection.execute("SELECT rootpage FROM sqlite_master WHERE name = 'schema_info'").fetchone()
+    content = path.read_bytes()
+    path.write_bytes(content[: (root - 1) * 4096] + b"\x55" * 4096 + content[root * 4096 :])
+    before = path.read_bytes()
+    with pytest.raises(StorageError, match="malformed"):
+        SwarmDB(path)
+
+    assert path.read_bytes() == before
+    assert list(path.parent.iterdir()) == [path]  # No copy, as of a file that is to be migrated.
+
+
 def test_an_empty_file_becomes_a_database(path: Path) -> None:
     path.touch()
     with SwarmDB(path) as db:
         assert db.schema_version == "2.1.0"
 
 
-@pytest.mark.parametrize("version", ["2.1.1", "3.0.0", "10.0.0", "banana", ""])
+@pytest.mark.parametrize("version", ["2.1.1", "3.0.0", "10.0.0", "2.0.0-beta", "banana", ""])
 def test_a_newer_or_unknown_version_is_refused_unwritten(path: Path, version: str) -> None:
     with closing(sqlite3.connect(path)) as connection:
         connection.execute("CREATE TABLE schema_info (key TEXT PRIMARY KEY, value TEXT NOT NULL, updated_at TEXT)")
@@ -171,11 +192,18 @@ def test_a_newer_or_unknown_version_is_refused_unwritten(path: Path, version: st
     assert list(path.parent.iterdir()) == [path]
 
 
-def test_tables_of_these_names_that_are_anothers_are_refused_unwritten(path: Path) -> None:
+@pytest.mark.parametrize(
+    ("table", "missing"),
+    [
+        ("task_metrics (task_id TEXT, cost REAL)", "task_metrics has no column agent_id, duration_ms"),
+        ("schema_info (key TEXT, value TEXT)", "schema_info has no column updated_at, so it is not SwarmDB's"),
+    ],
+)
+def test_tables_of_these_names_that_are_anothers_are_refused_unwritten(path: Path, table: str, missing: str) -> None:
     with closing(sqlite3.connect(path)) as connection:
-        connection.execute("CREATE TABLE task_metrics (task_id TEXT, cost REAL)")
+        connection.execute(f"CREATE TABLE {table}")
     before = path.read_bytes()
-    with pytest.raises(SchemaError, match="task_metrics has no column agent_id, duration_ms"):
+    with pytest.raises(SchemaError, match=missing):
         SwarmDB(path)
 
     assert path.read_bytes() == before

@@ -4,8 +4,10 @@ import copy
 import gc
 import pickle
 import sys
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 from sqlalchemy import inspect
@@ -105,15 +107,25 @@ def test_a_row_that_was_constructed_without_validation_is_not_taken_for_a_stored
 
 
 def test_threads_that_look_at_a_row_at_once_see_one_state(db: SwarmDB) -> None:
-    db.insert_events([{"event_type": "spawn", "agent_id": "a", "agent_type": "t"}] * 100)
+    db.insert_events({"event_type": "spawn", "agent_id": str(number), "agent_type": "t"} for number in range(500))
+    barrier = threading.Barrier(4)
+
+    def states(rows: list[AgentEvent]) -> list[Any]:
+        found = []
+        for row in rows:
+            barrier.wait()
+            found.append(inspect(row))
+        return found
+
     interval = sys.getswitchinterval()
     sys.setswitchinterval(1e-6)
     try:
         with ThreadPoolExecutor(4) as pool:
-            for event in db.get_events():
-                assert len(set(map(id, pool.map(inspect, [event] * 4)))) == 1
+            rows = db.get_events(limit=500)
+            by_thread = list(pool.map(states, [rows] * 4))
     finally:
         sys.setswitchinterval(interval)
+    assert all(len(set(map(id, of_one))) == 1 for of_one in zip(*by_thread, strict=True))
 
 
 def test_several_new_rows_go_into_one_flush(db: SwarmDB) -> None:

@@ -258,6 +258,34 @@ def test_a_link_is_followed(swarmdb: Command, store: Path) -> None:
     assert len(lines(Path("events.jsonl").read_text())) == 3
 
 
+@pytest.mark.parametrize("output", ["swarm.db", "swarm.db-wal", "link.db"])
+def test_a_database_that_is_opened_by_a_link_is_not_written_over(output: str, swarmdb: Command, store: Path) -> None:
+    Path("link.db").symlink_to(store)
+    before = store.read_bytes()
+    ran = swarmdb("export", "agent_events", "-o", output, "--overwrite", "--db", "link.db")
+
+    assert (ran.status, ran.out) == (1, "")
+    assert "not the database itself" in ran.err
+    assert store.read_bytes() == before
+
+
+def test_the_rows_are_flushed_before_the_file_gets_its_name(
+    swarmdb: Command, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flushed: list[tuple[int, bool]] = []
+    fsync = os.fsync
+
+    def note(descriptor: int) -> None:
+        fsync(descriptor)
+        flushed.append((os.fstat(descriptor).st_size, (tmp_path / "events").exists()))
+
+    monkeypatch.setattr(os, "fsync", note)
+    exported(swarmdb, "agent_events", "-o", "events", "--db", store)
+
+    assert flushed[0] == (Path("events").stat().st_size, False)
+    assert [is_named for _, is_named in flushed[1:]] == [True]  # Then the folder, with the name.
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
@@ -269,6 +297,7 @@ def test_a_link_is_followed(swarmdb: Command, store: Path) -> None:
         (["-o", "swarm.db", "--overwrite"], "not the database itself"),
         (["-o", "swarm.db-wal", "--overwrite"], "not the database itself"),
         (["-o", "swarm.db-shm"], "not the database itself"),
+        (["-o", "swarm.db-journal"], "not the database itself"),
         (["-o", "loop", "--overwrite"], "loop: "),
         (["-o", ""], "the path of a file"),
         (["-o", "x" * 300], "name too long"),

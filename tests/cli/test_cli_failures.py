@@ -121,6 +121,18 @@ def test_what_can_not_be_done_is_said_in_one_line(command: list[str], said: str,
     assert ran.err.count("\n") == 1
 
 
+def test_what_a_file_has_sqlite_say_does_not_move_the_cursor(swarmdb: Command, store: Path) -> None:
+    message = "no\x1b[2J\n\u202e"
+    with closing(sqlite3.connect(store)) as connection, connection:
+        connection.execute(
+            f"CREATE TRIGGER t BEFORE INSERT ON session_memory BEGIN SELECT RAISE(ABORT, '{message}'); END"
+        )
+    ran = swarmdb(*SET, "1", "--db", store)
+
+    assert (ran.status, ran.out) == (1, "")
+    assert ran.err.endswith(": no\\x1b[2J \\u202e\n")
+
+
 @pytest.mark.parametrize(
     ("place", "said"),
     [

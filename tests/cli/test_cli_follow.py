@@ -193,6 +193,14 @@ def test_lines_are_aligned_and_hold_no_control_characters(path: Path) -> None:
     ]
 
 
+def test_a_word_of_another_program_does_not_move_the_cursor(path: Path) -> None:
+    with SwarmDB(path) as db:
+        db.insert_event(event("a", timestamp="2025-11-30T10:00:00Z"))
+    execute(path, "UPDATE agent_events SET event_type = ?", "\x1b[2J")
+    with Follower(str(path)) as follower:
+        assert follower.lines(1) == ["2025-11-30 10:00:00Z  \\x1b[2J   a  x"]
+
+
 def test_on_a_terminal_the_type_gives_way_and_errors_are_red(path: Path) -> None:
     with SwarmDB(path) as db:
         db.insert_event(event("461ba4f0-564c-4e18-9279-ac88383a584c", EventType.ERROR, agent_type="t" * 40))

@@ -200,6 +200,20 @@ def test_what_would_move_the_cursor_is_shown_by_its_code(swarmdb: Command, path:
     assert swarmdb("agents", "--db", path, "--json").json[0]["agent_id"] == "\x1b[2J[bold]:fire:\n"
 
 
+def test_nor_does_what_is_no_text_by_itself_or_stands_in_a_path(swarmdb: Command, path: Path, tmp_path: Path) -> None:
+    with SwarmDB(path) as db:
+        db.register_agent("\x9b2J", "t", metadata={"\u202e": "\x9b2J"})
+    facts = swarmdb("agents", "\x9b2J", "--db", path).out
+    execute(path, "UPDATE agent_registry SET spawn_time = 'soon'")
+    check = swarmdb("check", "--db", path).out
+    backup = swarmdb("backup", tmp_path / "\x1b[2J.db", "--db", path).out
+
+    assert all(line.isprintable() for line in (facts + check).split("\n"))
+    assert '{"\\u202e": "\\x9b2J"}' in facts
+    assert '{"agent_id": "\\x9b2J"}' in check
+    assert backup == f"{tmp_path}/\\x1b[2J.db\n"
+
+
 @pytest.mark.parametrize("length", [36, 144])
 def test_long_names_leave_room_for_the_rest(length: int, swarmdb: Command, path: Path) -> None:
     agent_id = "Z" * length

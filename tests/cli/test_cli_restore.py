@@ -1,25 +1,29 @@
 """The command that puts a backup in the place of a database."""
 
+import ast
 import multiprocessing
 import os
 import re
+import shutil
 import sqlite3
 import stat
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections import Counter
 from contextlib import closing
 from multiprocessing.synchronize import Event
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from cli.running import Command, execute
 from moai_flow.memory import BusyError, EventData, InvalidInputError, SchemaError, StorageError, SwarmDB
 from moai_flow.memory.cli import app
-from moai_flow.memory.restoring import restore_backup
+from moai_flow.memory.restoring import _copy_all, restore_backup
 
 SPAWN = multiprocessing.get_context("spawn")
 DEAD = """
@@ -178,9 +182,28 @@ def test_without_keeping_nothing_of_a_destroyed_one_is_left(saved: Path, path: P
     assert agents(path) == ["before"]
 
 
+@pytest.mark.parametrize("ending", ["-wal", "-journal"])
+def test_what_stands_beside_a_database_that_is_gone_is_kept_unread(ending: str, saved: Path, path: Path) -> None:
+    beside = path.with_name(f"swarm.db{ending}")
+    for number in (1, 2):
+        path.unlink() if number == 1 else os.truncate(path, 0)
+        beside.write_bytes(b"what was committed last")
+        restore_backup(saved, path, overwrite=True)
+        kept = list(path.parent.glob(f"swarm.db.*.bak{ending}"))
+
+        assert [file.read_bytes() for file in kept] == [b"what was committed last"] * number
+        assert agents(path) == ["before"]
+    os.truncate(path, 0)
+    beside.write_bytes(b"what was committed last")
+    restore_backup(saved, path, overwrite=True, keep=False)
+
+    assert len(list(path.parent.glob(f"*{ending}"))) == 2
+
+
 def hold_open(path: Path, is_open: Event, stop: Event) -> None:
     with SwarmDB(path) as db:
         db.list_agents()
+        SwarmDB(path).close()  # To open a file again, and close it, releases no lock on it.
         is_open.set()
         stop.wait()
         db.list_agents()
@@ -228,6 +251,45 @@ def test_it_is_refused_while_this_process_has_the_database_open(destruction: str
             restore_backup(saved, path, overwrite=True, busy_timeout=0)
         path.write_bytes(whole)
     assert restore_backup(saved, path, overwrite=True).kept is not None
+
+
+def read_without_a_log(path: Path, is_open: Event, stop: Event) -> None:
+    with closing(sqlite3.connect(path, isolation_level=None)) as raw:
+        raw.execute("PRAGMA journal_mode = DELETE").fetchall()
+        raw.execute("BEGIN")
+        raw.execute("SELECT * FROM agent_registry").fetchall()
+        is_open.set()
+        stop.wait()
+
+
+def test_it_is_refused_while_another_process_reads_a_destroyed_database_without_a_log(saved: Path, path: Path) -> None:
+    is_open, stop = SPAWN.Event(), SPAWN.Event()
+    reader = SPAWN.Process(target=read_without_a_log, args=(path, is_open, stop), daemon=True)
+    reader.start()
+    is_open.wait()
+    with path.open("r+b") as file:
+        file.write(b"rubbish" * 1000)
+    before = (path.read_bytes(), files(path.parent))
+    with pytest.raises(BusyError, match="somebody has the database open"):
+        restore_backup(saved, path, overwrite=True, busy_timeout=0)
+
+    assert (path.read_bytes(), files(path.parent)) == before
+    stop.set()
+    reader.join()
+    restore_backup(saved, path, overwrite=True)
+    assert agents(path) == ["before"]
+
+
+def test_it_is_refused_while_somebody_reads_a_database_without_a_log(saved: Path, path: Path) -> None:
+    with closing(sqlite3.connect(path, isolation_level=None)) as raw:
+        raw.execute("PRAGMA journal_mode = DELETE").fetchall()
+        raw.execute("BEGIN")
+        raw.execute("SELECT * FROM agent_registry").fetchall()
+        before = files(path.parent)
+        with pytest.raises(BusyError, match="somebody has the database open"):
+            restore_backup(saved, path, overwrite=True, busy_timeout=0)
+        assert files(path.parent) == before
+    assert agents(path) == ["after", "before"]
 
 
 def test_it_waits_for_who_is_about_to_close(saved: Path, path: Path) -> None:
@@ -307,6 +369,21 @@ def lose_a_row_of_an_index(path: Path) -> None:
             raw.execute(statement, index if "VALUES" in statement else ())
 
 
+def unquotable(whole: bytes) -> bytes:
+    """Return a file that SQLite complains about in words that are not UTF-8."""
+    return whole.replace(b"CREATE TABLE agent_metrics", b"CREATE T\xe9\xe9LE agent_metrics")
+
+
+def test_a_database_whose_schema_is_no_text_is_replaced_and_kept(saved: Path, path: Path) -> None:
+    damaged = unquotable(path.read_bytes())
+    path.write_bytes(damaged)
+    done = restore_backup(saved, path, overwrite=True)
+
+    assert agents(path) == ["before"]
+    assert done.kept is not None
+    assert done.kept.read_bytes() == damaged
+
+
 def test_a_backup_that_is_damaged_or_none_is_refused_and_nothing_is_changed(
     swarmdb: Command, saved: Path, path: Path, tmp_path: Path
 ) -> None:
@@ -315,6 +392,7 @@ def test_a_backup_that_is_damaged_or_none_is_refused_and_nothing_is_changed(
     lose_a_row_of_an_index(tmp_path / "index.db")
     for name, damaged in {
         "half.db": whole[: len(whole) // 2],
+        "quoted.db": unquotable(whole),
         "flipped.db": whole[:8192] + b"\x55" * 4096 + whole[12288:],
         "text.db": b"This is no database, and long enough for SQLite to see that it is none.\n" * 20,
         "empty.db": b"",
@@ -327,6 +405,7 @@ def test_a_backup_that_is_damaged_or_none_is_refused_and_nothing_is_changed(
     for name, complaint in {
         "index.db": "the backup is damaged",
         "half.db": "malformed",
+        "quoted.db": "the file is damaged",
         "flipped.db": "malformed",
         "text.db": "file is not a database",
         "empty.db": "none of SwarmDB's tables",
@@ -338,10 +417,15 @@ def test_a_backup_that_is_damaged_or_none_is_refused_and_nothing_is_changed(
 
         assert (ran.status, ran.out) == (1, ""), name
         assert complaint in ran.err
+        assert name in ran.err
         assert ran.err.count("\n") == 1
         assert (path.read_bytes(), files(tmp_path)) == before
     with pytest.raises(SchemaError):
         restore_backup("empty.db", path, overwrite=True)
+    for nothing in (tmp_path / "nowhere.db", os.devnull):
+        with pytest.raises(InvalidInputError, match="backup"):
+            restore_backup(nothing, path, overwrite=True)
+    assert (path.read_bytes(), files(tmp_path)) == before
 
 
 def test_a_backup_that_somebody_keeps_locked_is_busy(saved: Path, path: Path) -> None:
@@ -350,6 +434,8 @@ def test_a_backup_that_somebody_keeps_locked_is_busy(saved: Path, path: Path) ->
         raw.execute("BEGIN EXCLUSIVE")
         with pytest.raises(BusyError):
             restore_backup(saved, path, overwrite=True, busy_timeout=0)
+        with pytest.raises(BusyError), closing(sqlite3.connect(saved)) as original:  # Which was free a moment ago.
+            _copy_all(original, sqlite3.connect(":memory:"), saved, 0)
     assert agents(path) == ["after", "before"]
 
 
@@ -361,6 +447,68 @@ def test_a_backup_that_is_in_use_is_restored_with_what_its_log_holds(saved: Path
 
     assert agents(path) == ["before", "late"]
     assert agents(saved) == ["before", "late", "later"]
+
+
+AS_NOBODY = """
+import os, sys
+from pathlib import Path
+from moai_flow.memory import StorageError, SwarmDB
+from moai_flow.memory.restoring import restore_backup
+
+def agents(path):
+    with SwarmDB(path) as db:
+        return sorted(agent.agent_id for agent in db.list_agents())
+
+place = Path(sys.argv[1])
+if os.geteuid() == 0:
+    os.setuid(65534)
+shelf, link, new = place / "shelf", place / "link.db", place / "new.db"
+saved = shelf / "saved.db"
+link.symlink_to(saved)
+os.chmod(saved, 0o444)
+os.chmod(shelf, 0o555)
+for backup in (saved, link):
+    restore_backup(backup, new, overwrite=True)
+    print(agents(new), os.listdir(shelf))
+before = new.read_bytes()
+for ending in ("-wal", "-journal"):
+    os.chmod(shelf, 0o755)
+    unread = shelf / f"saved.db{ending}"
+    unread.write_bytes(b"what was committed last")
+    os.chmod(unread, 0o444)
+    os.chmod(shelf, 0o555)
+    for backup in (saved, link):
+        try:
+            restore_backup(backup, new, overwrite=True)
+        except StorageError as error:
+            print("refused", new.read_bytes() == before)
+    os.chmod(shelf, 0o755)
+    unread.unlink()
+os.chmod(new, 0o444)
+try:
+    restore_backup(saved, new, overwrite=True, busy_timeout=1e6)
+except StorageError as error:
+    print(error)
+"""
+
+
+def test_a_backup_in_a_folder_that_can_not_be_written_is_restored_unless_it_has_a_log_there(saved: Path) -> None:
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:
+        shelf = Path(folder) / "place" / "shelf"
+        shelf.mkdir(parents=True)
+        shutil.copyfile(saved, shelf / "saved.db")
+        if os.geteuid() == 0:
+            Path(folder).chmod(0o755)
+            for file in (shelf.parent, shelf, shelf / "saved.db"):
+                os.chown(file, 65534, 65534)
+        program = [sys.executable, "-c", AS_NOBODY, str(shelf.parent)]
+        ran = subprocess.run(program, capture_output=True, text=True, check=False)
+    if "PermissionError" in ran.stderr and "site-packages" in ran.stderr:
+        pytest.skip("nobody may not read Python's packages here")
+    *said, last = ran.stdout.splitlines()
+    assert (said, ran.stderr) == (["['before'] ['saved.db']"] * 2 + ["refused True"] * 4, "")
+    assert "new.db: " in last
+    assert "open" not in last  # It can't be written, which no waiting would change.
 
 
 def test_a_database_is_no_backup_of_itself(swarmdb: Command, saved: Path, path: Path, tmp_path: Path) -> None:
@@ -386,12 +534,70 @@ def test_a_link_to_the_database_stays_one(saved: Path, path: Path, tmp_path: Pat
 def test_a_new_file_is_the_users_own_and_one_that_is_replaced_keeps_its_mode(
     saved: Path, path: Path, tmp_path: Path
 ) -> None:
-    new = restore_backup(saved, tmp_path / "deep" / "new.db").path
+    new = restore_backup(saved, tmp_path / "deep" / "deeper" / "new.db").path
     path.chmod(0o664)
-    restore_backup(saved, path, overwrite=True)
+    kept = [restore_backup(saved, path, overwrite=True).kept]
+    path.write_bytes(b"rubbish" * 1000)
+    kept.append(restore_backup(saved, path, overwrite=True).kept)
 
     assert stat.S_IMODE(new.stat().st_mode) == 0o600
-    assert stat.S_IMODE(path.stat().st_mode) == 0o664
+    assert [stat.S_IMODE(folder.stat().st_mode) for folder in list(new.parents)[:2]] == [0o700, 0o700]
+    assert [stat.S_IMODE(file.stat().st_mode) for file in (path, *kept) if file is not None] == [0o664] * 3
+
+
+MODES = """
+import os, sys
+from pathlib import Path
+from moai_flow.memory.restoring import restore_backup
+
+seen = {}
+
+def look(event, arguments):
+    for file in os.scandir(folder) if event in ("os.chmod", "sqlite3.connect", "sqlite3.connect/handle") else ():
+        seen.setdefault(file.name.split(".")[-1], set()).add(file.stat().st_mode & 0o777)
+
+saved, path = map(Path, sys.argv[1:])
+folder = path.parent
+os.umask(0)
+sys.addaudithook(look)
+restore_backup(saved, path, overwrite=True)
+print(sorted((ending, sorted(map(oct, modes))) for ending, modes in seen.items() if ending != "db"))
+"""
+
+
+def test_what_is_half_written_may_be_read_by_nobody_who_may_not_read_the_whole(
+    saved: Path, path: Path, tmp_path: Path
+) -> None:
+    saved.rename(tmp_path / "backup").chmod(0o644)
+    for content in (b"rubbish" * 1000, None):
+        if content is not None:
+            path.write_bytes(content)
+        path.chmod(0o640)
+        program = [sys.executable, "-c", MODES, str(tmp_path / "backup"), str(path)]
+        seen = subprocess.run(program, check=True, capture_output=True, text=True).stdout
+        modes = dict(ast.literal_eval(seen))
+        assert "0o600" in modes["tmp"]
+        assert set(modes["tmp"]) | set(modes.get("bak", ())) <= {"0o600", "0o640"}
+
+
+def test_what_is_kept_of_a_destroyed_file_is_flushed_before_that_is_emptied(
+    saved: Path, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rubbish = b"rubbish" * 10_000
+    path.write_bytes(rubbish)
+    flushed: list[tuple[str, int]] = []
+    fsync = os.fsync
+
+    def note(descriptor: int) -> None:
+        fsync(descriptor)
+        status = os.fstat(descriptor)
+        assert path.stat().st_size == len(rubbish)
+        flushed.append(("folder", 0) if stat.S_ISDIR(status.st_mode) else ("file", status.st_size))
+
+    monkeypatch.setattr(os, "fsync", note)
+    restore_backup(saved, path, overwrite=True)
+
+    assert flushed == [("file", len(rubbish)), ("folder", 0)]
 
 
 def test_an_older_schema_is_restored_as_it_is(saved: Path, path: Path) -> None:
@@ -414,6 +620,40 @@ def test_a_servers_database_is_not_restored_from_a_file(swarmdb: Command, saved:
 
     assert (ran.status, ran.out) == (1, "")
     assert "pg_restore" in ran.err
+
+
+NO_ROOM = """
+import resource, signal, sys
+from moai_flow.memory import StorageError
+from moai_flow.memory.restoring import restore_backup
+
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))
+try:
+    restore_backup(*sys.argv[1:], overwrite=True)
+except StorageError as error:
+    print(error)
+"""
+
+
+def test_where_there_is_no_room_to_keep_a_database_it_stays_as_it_is(saved: Path, path: Path, tmp_path: Path) -> None:
+    with SwarmDB(path) as db:
+        db.store_memory("s", "semantic", "k", "x" * 2_000_000)
+    before = files(tmp_path)
+    program = [sys.executable, "-c", NO_ROOM, str(saved), str(path)]
+    ran = subprocess.run(program, check=True, capture_output=True, text=True)
+
+    assert str(path) in ran.stdout
+    assert files(tmp_path) == before
+    assert agents(path) == ["after", "before"]
+    with SwarmDB(path) as db:
+        assert len(db.get_memory("s", "semantic", "k")) == 2_000_000
+
+
+@pytest.mark.parametrize("patience", [float("nan"), "soon", None])
+def test_what_is_no_number_of_seconds_is_refused(patience: Any, saved: Path, path: Path) -> None:
+    with pytest.raises(InvalidInputError, match="busy_timeout"):
+        restore_backup(saved, path, overwrite=True, busy_timeout=patience)
 
 
 @pytest.mark.parametrize("given", [5, "", "x\0y", None])

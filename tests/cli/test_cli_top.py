@@ -1,19 +1,23 @@
 """`swarmdb top`, on a terminal and without one."""
 
+import io
 import re
 import signal
 import subprocess
 import sys
 from datetime import timedelta
 from pathlib import Path
+from typing import cast
 
 import pytest
 from rich.cells import cell_len
+from rich.console import Console
 
 from cli.running import Command, Terminal, execute
 from conftest import Clock, url_of
 from moai_flow.memory import SwarmDB
 from moai_flow.memory.cli import show
+from moai_flow.memory.cli.top import Screen, look
 
 LONG_ID = "461ba4f0-564c-4e18-9279-ac88383a584c"
 TOP = [sys.executable, "-m", "moai_flow.memory", "top"]
@@ -249,6 +253,23 @@ def test_of_many_that_ended_the_newest_are_read(swarmdb: Command, path: Path) ->
 
     assert lines[-1] == "and 30 more"
     assert [row[0] for row in rows(lines[:-1])] == [f"a-{number}" for number in range(229, 29, -1)]
+
+
+def test_what_moves_the_cursor_is_shown_by_its_code(path: Path) -> None:
+    evil = "\x1b[2J\u202e"
+    with SwarmDB(path) as db:
+        db.register_agent(evil, evil)
+        execute(path, "UPDATE agent_registry SET status = ?", evil)
+        db.register_agent(f"{evil}at work", evil)
+        screen = Screen(evil, None)
+        screen.last = look(db, evil, timedelta(minutes=1))
+    screen.problem = f"not read: {evil}"
+    terminal = Console(width=200, file=io.StringIO())
+    terminal.print(*screen.parts(200, None))
+    shown = cast(io.StringIO, terminal.file).getvalue()
+
+    assert all(line.isprintable() for line in shown.split("\n"))
+    assert shown.count("\\x1b[2J\\u202e") == 5
 
 
 def test_ages_are_in_their_two_largest_units() -> None:

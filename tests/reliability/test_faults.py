@@ -469,6 +469,10 @@ for name in "bcd":  # What is open stays so.
         print("written", end=" ")
     except StorageError as error:
         print("refused:", error)
+try:
+    db.check()
+except StorageError:  # Where the folder may not be looked into.
+    assert what == "folder"
 db.close()
 os.chmod(path.parent, 0o700)
 os.chmod(path, 0o600)

@@ -33,8 +33,9 @@ def make_file(path: Path, mode: int = PRIVATE) -> None:
         FileExistsError: If there is something already.
         OSError: If it can't be made.
     """
-    # Never readable for others, not even for a moment.
-    os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, mode & PRIVATE))
+    # Never readable for more than that, not even for a moment. What exists is not opened: to close it would release the
+    # locks that SQLite has on it in this process.
+    os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, mode))
     if mode != PRIVATE:
         path.chmod(mode)
 
@@ -55,7 +56,7 @@ def put_in_place(finished: Path, target: Path, *, overwrite: bool) -> None:
         except FileExistsError:
             raise
         except OSError:  # The file system has no hard links, and so no way to ask for a name and take it at once.
-            if target.exists():
+            if os.path.lexists(target):
                 raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(target)) from None
             finished.replace(target)
         else:

@@ -344,8 +344,6 @@ def _copy_aside(path: Path, version: str) -> None:
         # Through a connection of its own: it reads what is committed, whatever journal the file uses.
         with closing(sqlite3.connect(path)) as source:
             copy_to(source, target, mode_of(path))
-    except FileExistsError:
-        return  # Another process made it meanwhile.
     except (sqlite3.Error, OSError) as error:
         raise StorageError(f"{path}: the copy to {target} that comes before the migration failed: {error}") from error
 
@@ -369,8 +367,9 @@ _WEST, _EAST = timedelta(hours=-12), timedelta(hours=14)
 _REFERENCES: dict[Column[Any], ColumnElement[Any]] = {
     table_of(AgentEvent).c.timestamp: type_coerce(table_of(AgentEvent).c.created_at, Text),
     table_of(SessionMemory).c.timestamp: type_coerce(table_of(SessionMemory).c.created_at, Text),
-    table_of(RegisteredAgent).c.last_updated: func.coalesce(
-        table_of(RegisteredAgent).c.complete_time, table_of(RegisteredAgent).c.spawn_time
+    # As they are stored: what no datetime holds says nothing, and stays.
+    table_of(RegisteredAgent).c.last_updated: type_coerce(
+        func.coalesce(table_of(RegisteredAgent).c.complete_time, table_of(RegisteredAgent).c.spawn_time), Text
     ),
 }
 

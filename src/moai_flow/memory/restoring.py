@@ -21,7 +21,7 @@ from moai_flow.memory.backends import translated
 from moai_flow.memory.connections import copy_to, is_open_here
 from moai_flow.memory.engine import Location, locate, path_of_file
 from moai_flow.memory.errors import BusyError, InvalidInputError, SchemaError, StorageError, SwarmDBError
-from moai_flow.memory.files import flush_folder, make_file, mode_of
+from moai_flow.memory.files import flush_folder, make_file, make_folder, mode_of
 from moai_flow.memory.migrations import check_openable
 
 _LOG, _INDEX, _JOURNAL = "-wal", "-shm", "-journal"
@@ -93,7 +93,7 @@ def restore_backup(
             raise InvalidInputError("db_path", str(db_path), "a file that does not exist yet, or overwrite=True")
     unfinished = target.with_name(f"{target.name}.{uuid4().hex}.tmp")
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(target.parent)
         version = _copy(source, unfinished, busy_timeout)
         if is_open_here(target):
             raise _in_use(target)
@@ -101,7 +101,7 @@ def restore_backup(
             kept = _put_in_place(copy, target, keep=keep, patience=busy_timeout)
     except SwarmDBError:
         raise
-    except sqlite3.Error as error:
+    except (sqlite3.Error, UnicodeDecodeError) as error:
         raise translated(error, str(target)) from error
     except OSError as error:
         raise StorageError(f"{target}: the backup can't be put there: {error}") from error
@@ -142,7 +142,7 @@ def _copy(source: Path, unfinished: Path, patience: float) -> str | None:
             version, is_ours = check_openable(copy, Location(locate(source, None).url, source))
     except SwarmDBError:
         raise
-    except sqlite3.Error as error:
+    except (sqlite3.Error, UnicodeDecodeError) as error:
         raise translated(error, f"{source}: the backup can't be read") from error
     if not is_ours:
         raise SchemaError(f"{source}: it has none of SwarmDB's tables, so it is no backup of one")
@@ -191,6 +191,8 @@ def _put_in_place(copy: sqlite3.Connection, target: Path, *, keep: bool, patienc
             return _replace(copy, target, keep=keep, patience=patience)
         except SwarmDBError:
             raise
+        except UnicodeDecodeError:
+            pass  # SQLite would quote the damage, and Python can't read that.
         except sqlite3.DatabaseError as error:
             if error.sqlite_errorcode & 0xFF not in _DAMAGED:
                 raise
@@ -258,8 +260,8 @@ def _move_aside(target: Path, *, keep: bool) -> Path | None:
         file = _locked_by_bytes(target, _SHARED_BYTES, target, opened)
         _locked_by_bytes(_beside(target, _INDEX), _INDEX_BYTES, target, opened)
         if keep and file is not None and not _is_empty(target):
-            with aside.open("xb") as kept:
-                aside.chmod(mode_of(target))
+            make_file(aside, mode_of(target))
+            with aside.open("r+b") as kept:
                 shutil.copyfileobj(file, kept)
                 kept.flush()
                 os.fsync(kept.fileno())

@@ -169,11 +169,8 @@ def target_of(given: str, own: Path | None, *, overwrite: bool) -> Path:
             that hold what was committed last.
         StorageError: If it exists and is not to be replaced, or if the system can't look there.
     """
-    try:
-        target = path_of_file(given, field="--output").resolve()
-        exists = target.exists()
-    except OSError as error:
-        raise StorageError(f"{given}: {error}") from error
+    target = path_of_file(given, field="--output").resolve()
+    exists = target.exists()
     if exists and not target.is_file():
         raise InvalidInputError("--output", given, "the path of a file")
     if own is not None and ((exists and target.samefile(own)) or target in _beside(own.resolve())):

@@ -13,4 +13,7 @@ def in_one_line() -> Iterator[None]:
     try:
         yield
     except (SwarmDBError, OSError) as error:
-        sys.exit(f"swarmdb: {' '.join(str(error).splitlines())}")
+        from moai_flow.memory.cli.show import visible  # Which a swarm's processes do not load otherwise.
+
+        # A message of SQLite's may quote the file, whoever made it.
+        sys.exit(f"swarmdb: {visible(' '.join(str(error).splitlines()))}")

@@ -172,7 +172,7 @@ class Screen:
         if last is not None:
             yield _line("agents       ", *_states(last))
             yield _line("each minute  ", *_rates(last.rates))
-        yield _line((self.problem or "", "bold red"))
+        yield _line((show.visible(self.problem or ""), "bold red"))
         if last is None:
             return
         room = len(last.agents) if height is None else max(height - _LINES_ABOVE, 1)
