@@ -265,6 +265,11 @@ def test_in_memory_the_database_outlives_its_failed_connections() -> None:
 
 def forked(child: Callable[[], object]) -> int:
     """Run *child* in a forked process and return its exit status."""
+    return os.waitstatus_to_exitcode(os.waitpid(fork(child), 0)[1])
+
+
+def fork(child: Callable[[], object]) -> int:
+    """Begin to run *child* in a forked process, and return that."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # From 3.12 on, forking beside threads warns.
         pid = os.fork()
@@ -275,13 +280,12 @@ def forked(child: Callable[[], object]) -> int:
             status = 0
         finally:
             os._exit(status)
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    return pid
 
 
 def test_a_forked_child_goes_on_with_connections_of_its_own(path: Path) -> None:
     with SwarmDB(path) as db:
         db.insert_event(event("parent"))
-        db._get_connection().execute("SELECT 1")
 
         def child() -> None:
             in_threads(4, lambda number: db.insert_event(event(f"child-{number}")))
@@ -293,6 +297,122 @@ def test_a_forked_child_goes_on_with_connections_of_its_own(path: Path) -> None:
         db.insert_event(event("parent"))
         assert len(db.get_events()) == 6
         assert db.check().ok
+
+
+def test_a_forked_child_keeps_its_writes_though_the_parent_closes_the_file(path: Path) -> None:
+    """SQLite keeps its locks by file in the memory of a process: what a child inherits of them would be no lock."""
+    db = SwarmDB(path)
+    db.register_agent("parent", "t")
+    parents, childs = os.pipe()
+    go_on, closed = os.pipe()
+
+    def child() -> None:
+        db.register_agent("1", "t")
+        os.write(childs, b"1")
+        os.read(go_on, 1)
+        db.register_agent("2", "t")
+
+    pid = fork(child)
+    assert os.read(parents, 1) == b"1"
+    db.register_agent("beside", "t")
+    db.close()
+    with SwarmDB(path) as other:
+        other.register_agent("other", "t")
+    os.write(closed, b"1")
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    for descriptor in (parents, childs, go_on, closed):
+        os.close(descriptor)
+
+    with SwarmDB(path) as db:
+        assert {agent.agent_id for agent in db.list_agents()} == {"parent", "1", "2", "beside", "other"}
+        assert db.check().ok
+
+
+def test_forks_beside_writing_threads_harm_neither_side(path: Path) -> None:
+    forks, wanted = 12, threading.Event()
+    with SwarmDB(path) as db:
+
+        def write(number: int) -> int:
+            written = 0
+            while not wanted.is_set():
+                db.insert_event(event(f"thread-{number}"))
+                written += 1
+            return written
+
+        with ThreadPoolExecutor(4) as pool:
+            writers = [pool.submit(write, number) for number in range(4)]
+            try:
+                for number in range(forks):
+
+                    def child(number: int = number) -> None:
+                        for _ in range(5):
+                            db.insert_event(event(f"child-{number}"))
+
+                    assert forked(child) == 0
+            finally:
+                wanted.set()
+            written = sum(writer.result() for writer in writers)
+
+        assert len(db.get_events(limit=10**9)) == written + 5 * forks
+        assert db.check().ok
+
+
+def hold_block(db: SwarmDB) -> Callable[[], object]:
+    block = db.transaction()
+    block.__enter__()
+    return lambda: block.__exit__(None, None, None)
+
+
+def hold_session(db: SwarmDB) -> Callable[[], object]:
+    block = db.session(readonly=True)
+    block.__enter__()
+    return lambda: block.__exit__(None, None, None)
+
+
+def hold_connection(db: SwarmDB) -> Callable[[], object]:
+    connection = db._get_connection()
+    return connection.rollback
+
+
+def hold_block_of_another_thread(db: SwarmDB) -> Callable[[], object]:
+    has_begun, is_to_end = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with db.transaction():
+            has_begun.set()
+            is_to_end.wait(30)
+
+    def end() -> None:
+        is_to_end.set()
+        thread.join()
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    has_begun.wait()
+    return end
+
+
+@pytest.mark.parametrize("hold", [hold_block, hold_session, hold_connection, hold_block_of_another_thread])
+def test_a_child_whose_parent_had_the_file_in_use_is_refused(
+    path: Path, hold: Callable[[SwarmDB], Callable[[], object]]
+) -> None:
+    with SwarmDB(path) as db, SwarmDB(path.with_name("free.db")) as free:
+        db.register_agent("a", "t")
+        end = hold(db)
+
+        def child() -> None:
+            for _ in range(2):
+                with pytest.raises(StorageError, match="was forked while its parent had the file in use"):
+                    db.register_agent("b", "t")
+            with pytest.raises(StorageError, match="was forked"):
+                SwarmDB(path)
+            free.register_agent("b", "t")
+
+        assert forked(child) == 0
+        end()
+        db.register_agent("c", "t")
+        assert {agent.agent_id for agent in db.list_agents()} == {"a", "c"}
+        assert free.get_agent("b") is not None
 
 
 def test_a_forked_child_has_no_file_open_until_it_opens_one(path: Path) -> None:
@@ -327,7 +447,8 @@ def test_a_fork_in_the_middle_of_a_transaction_leaves_it_to_the_parent(path: Pat
             db.register_agent("parent", "t")
 
             def child() -> None:
-                assert db.list_agents() == []  # It sees what is committed, and is not inside the block.
+                with pytest.raises(StorageError, match="was forked"):
+                    db.list_agents()
                 gc.collect()
 
             assert forked(child) == 0

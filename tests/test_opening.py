@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -502,18 +502,20 @@ def test_a_connection_of_a_pool_of_one_that_was_closed_makes_room_for_its_succes
     engine.dispose()
 
 
-def test_a_forked_child_leaves_what_is_in_a_callers_pool_to_the_parent(path: Path) -> None:
+def test_a_fork_closes_what_is_in_a_callers_pool_and_each_side_opens_its_own(path: Path) -> None:
     engine = create_engine(f"sqlite:///{path}", poolclass=QueuePool)
     with SwarmDB(engine=engine) as db:
         with db.transaction() as parents:
             db.register_agent("a", "t")
         child = os.fork()
         if child == 0:
-            with db.transaction() as raw:
-                os._exit(raw is parents)
+            with suppress(sqlite3.ProgrammingError):  # It is closed.
+                parents.execute("SELECT 1")
+                os._exit(1)
+            db.register_agent("b", "t")
+            os._exit(0)
         assert os.waitpid(child, 0)[1] == 0
-        with db.transaction() as raw:
-            assert raw is parents
+        assert {agent.agent_id for agent in db.list_agents()} == {"a", "b"}
     engine.dispose()
 
 

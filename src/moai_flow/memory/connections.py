@@ -20,14 +20,14 @@ from sqlalchemy.exc import SQLAlchemyError
 from moai_flow.memory.backends import Backend, SQLite, backend_of, translated
 from moai_flow.memory.engine import LOG_LIMIT_MIB, Location, log_bytes
 from moai_flow.memory.errors import BusyError, ClosedError, StorageError
-from moai_flow.memory.files import OpenedFile, make_file, put_in_place
+from moai_flow.memory.files import OpenedFile, identity_of, make_file, put_in_place
 from moai_flow.memory.patience import PatientConnection, interruption
 
 
 class Held:
     """An open connection: SQLAlchemy's, and the driver's underneath it."""
 
-    __slots__ = ("__weakref__", "backend", "connection", "given_back", "permit", "raw", "usual")
+    __slots__ = ("__weakref__", "backend", "connection", "given_back", "is_pinned", "permit", "raw", "usual")
 
     def __init__(self, connection: Connection, backend: Backend) -> None:
         self.connection = connection
@@ -36,6 +36,7 @@ class Held:
         self.usual = backend.usual(self.raw)
         self.given_back = 0.0
         self.permit: Permit | None = None
+        self.is_pinned = False
 
     @property
     def is_open(self) -> bool:
@@ -76,6 +77,7 @@ class Pinned:
         self.held = held
         self._connections = connections
         self._process = os.getpid()
+        held.is_pinned = True
         held.backend.lend(held.raw)
 
     def __del__(self) -> None:
@@ -165,7 +167,8 @@ class Connections:
         where: str,
         *,
         kept: int,
-        path: Path | None = None,
+        file: Path | None = None,
+        watched: bool = False,
         anchored: bool = False,
         limit: "Limit | None" = None,
         log_of: Location | None = None,
@@ -176,7 +179,8 @@ class Connections:
             engine: Where connections come from.
             where: What errors call the database.
             kept: How many idle connections stay open, though more may be in use at once.
-            path: The database's file, which is watched: once another is there, no call uses the connections to it.
+            file: The database's file, if it has one.
+            watched: Whether no call uses the connections any more once another file is there.
             anchored: Whether one more stays open throughout, since the database is in memory and would vanish.
             limit: How many may be open at once, for a database on a server; None for any number.
             log_of: The file whose log is kept from growing; None if it has none, or its owner sees to it.
@@ -198,10 +202,12 @@ class Connections:
         self._uses = 0
         self._may_cut_from = 0.0
         self._cut_again_after = _CUT_AGAIN_AFTER
-        self._path = path
+        self._path = file
+        self._watched = watched
         self._file: OpenedFile | None = None
         self._idle: list[Held] = []
         self._open: weakref.WeakSet[Held] = weakref.WeakSet()
+        self._opening: set[int] = set()  # The threads that are about to have one.
         self._anchor = self._connect() if anchored else None
         _instances.add(self)
 
@@ -209,6 +215,11 @@ class Connections:
         """Raise `ClosedError` after `close`."""
         if self.closed:
             raise ClosedError(f"{self.where}: the database was closed before this call")
+
+    def check_file(self) -> None:
+        """Raise `StorageError` if the file is not the one any more that was opened; it is looked at once a second."""
+        if self._file is not None:
+            self._file.check()
 
     def take(self) -> Held:
         """Return a connection that nobody else uses until it is given back.
@@ -222,8 +233,9 @@ class Connections:
             self.check_open()
         if self._permits is not None:
             return self._take_permitted(self._permits)
-        if self._file is not None:
-            self._file.check()
+        if _forks:
+            _wait_for_forks()
+        self.check_file()
         try:
             return self._idle.pop()
         except IndexError:
@@ -270,6 +282,7 @@ class Connections:
             StorageError: If the database can't be opened.
         """
         self.check_open()
+        self.check_file()
         if self.local.pinned is None or not self.local.pinned.held.is_open:
             self.local.pinned = None  # It was closed, by its user or by the server.
             held = self.take()
@@ -294,16 +307,38 @@ class Connections:
         if self._anchor is not None:
             self._anchor.close()
 
+    def is_in_use_elsewhere(self) -> bool:
+        """Whether another thread has a connection to the file in use, which it will give back."""
+        if self._path is None:
+            return False
+        own = [block.held for block in self.local.blocks]
+        return bool(self._opening) or any(
+            held.is_open and not held.is_pinned and held not in own for held in list(self._open)
+        )
+
+    def let_go(self) -> None:
+        """Close what is idle before a fork: SQLite in the child would rely on locks that are the parent's alone.
+
+        What it knows about its locks it keeps for each file, not for each connection, and the child inherits that.
+        """
+        if self._path is not None:
+            self._drain()
+            if not self._watched:  # A caller's engine may have a pool.
+                self._engine.dispose()
+
     def forget_all(self) -> None:
-        """Leave every connection to the parent process. The child opens its own."""
+        """Leave every connection to the parent process. The child opens its own, unless the parent had some in use."""
         import ctypes  # Only a forked child needs it, and it would slow every import of the package.
 
         for held in self._open:
+            if self._path is not None and held.is_open:
+                _left_to_parent.add(identity_of(self._path))
             # Closing an inherited connection, as deallocation would, may undo what the parent is writing:
             # https://sqlite.org/howtocorrupt.html#_carrying_an_open_database_file_across_a_fork_
             # So would SQLAlchemy, when it finds that nobody has the connection any more.
             ctypes.pythonapi.Py_IncRef(ctypes.py_object(held))
         self._open = weakref.WeakSet()
+        self._opening = set()
         self._idle = []
         if self._limit is not None:
             self._permits = Permits(self._limit)
@@ -365,12 +400,17 @@ class Connections:
         return True
 
     def _connect(self) -> Held:
+        if _left_to_parent and self._path is not None and identity_of(self._path) in _left_to_parent:
+            raise StorageError(f"{self.where}: {_IN_USE_AT_FORK}")
         try:
+            self._opening.add(threading.get_ident())
             held = Held(self._source.connect(), self._backend)
+            self._open.add(held)
         except (SQLAlchemyError, UnicodeDecodeError) as error:
             raise translated(error, self.where) from error
-        self._open.add(held)
-        if self._path is not None:
+        finally:
+            self._opening.discard(threading.get_ident())
+        if self._path is not None and self._watched:
             try:
                 self._know(self._path)
             except StorageError:
@@ -445,10 +485,54 @@ def is_open_here(path: Path) -> bool:
     return any(connections.has_open(path) for connections in list(_instances))
 
 
+# Forks
+
+#: By thread, that a fork is about to happen, or has.
+_forks: dict[int, threading.Event] = {}
+
+#: The files that the parent had in use when it forked this process.
+_left_to_parent: set[tuple[int, int] | None] = set()
+
+#: How long a fork waits for the calls of other threads to end, in seconds.
+_CALLS_WAITED_FOR = 1.0
+
+_IN_USE_AT_FORK = (
+    "this process was forked while its parent had the file in use: in a call of another thread, in a block, or by a "
+    "connection of _get_connection(). SQLite's locks can't be trusted here then, and writes would be lost. Fork before "
+    "the file is in use, or start processes by 'spawn' or 'forkserver'"
+)
+
+
+def _wait_for_forks() -> None:
+    for thread, fork in list(_forks.items()):
+        if thread != threading.get_ident():
+            fork.wait(2 * _CALLS_WAITED_FOR)
+
+
+def _before_fork() -> None:
+    _forks[threading.get_ident()] = threading.Event()
+    instances = list(_instances)
+    deadline = time.monotonic() + _CALLS_WAITED_FOR
+    while True:
+        for connections in instances:
+            connections.let_go()
+        if not any(connections.is_in_use_elsewhere() for connections in instances) or time.monotonic() > deadline:
+            return
+        time.sleep(0.0005)
+
+
+def _after_fork_in_parent() -> None:
+    if (fork := _forks.pop(threading.get_ident(), None)) is not None:
+        fork.set()
+
+
 def _forget_after_fork() -> None:
+    _forks.clear()
     for connections in _instances:
         connections.forget_all()
 
 
 # Where there is no fork, there is nothing to register with.
-getattr(os, "register_at_fork", dict)(after_in_child=_forget_after_fork)
+getattr(os, "register_at_fork", dict)(
+    before=_before_fork, after_in_parent=_after_fork_in_parent, after_in_child=_forget_after_fork
+)

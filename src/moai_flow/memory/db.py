@@ -36,8 +36,9 @@ _LARGEST_CACHE = 2_097_151
 class SwarmDB(Tracking, MemoryOperations, SummaryOperations, RetentionOperations, MaintenanceOperations):
     """Everything a swarm remembers, behind one object.
 
-    One object serves all threads of a process. After a fork the child uses it on, with connections of its own; of a
-    database in memory it has a copy. As a context manager it closes itself.
+    One object serves all threads of a process. After a fork the child uses it on, with connections of its own, unless
+    the parent was in the middle of something with the file; of a database in memory it has a copy. As a context
+    manager it closes itself.
 
     Examples:
         >>> with SwarmDB(":memory:") as db:
@@ -69,7 +70,8 @@ class SwarmDB(Tracking, MemoryOperations, SummaryOperations, RetentionOperations
             db_path: Its file, or ``":memory:"`` for one that lives as long as this object. Default: the environment's
                 ``SWARMDB_URL`` or ``MOAI_DB_PATH``, else ``.moai/memory/swarm.db`` under the current directory.
             url: An SQLAlchemy URL instead, such as ``sqlite:///swarm.db`` or ``postgresql://user@host/database``.
-            engine: An SQLAlchemy engine instead. It keeps its own settings, gets no listeners, and is not disposed.
+            engine: An SQLAlchemy engine instead. It keeps its own settings, gets no listeners, and is not disposed;
+                but a fork closes its pool's idle connections to a file.
             durability: What an acknowledged write survives: ``"normal"`` a crash of the program, ``"full"`` a power
                 loss as well, for the price of a disk flush at each commit. With ``"normal"``, a power loss may take
                 the last commits, and leaves the file sound.
@@ -122,13 +124,13 @@ class SwarmDB(Tracking, MemoryOperations, SummaryOperations, RetentionOperations
             own = create(self._location, settings)
             limit = Limit(pool_size, busy_timeout) if self._location.is_on_server else None
             anchored = self._location.is_in_memory
-            path = self._location.path
-            log_of = None if path is None else self._location
+            file = self._location.path
+            log_of = None if file is None else self._location
             self._connections = Connections(
-                own, where, kept=_KEPT, path=path, anchored=anchored, limit=limit, log_of=log_of
+                own, where, kept=_KEPT, file=file, watched=True, anchored=anchored, limit=limit, log_of=log_of
             )
         else:
-            self._connections = Connections(engine, where, kept=_KEPT_OF_CALLER)
+            self._connections = Connections(engine, where, kept=_KEPT_OF_CALLER, file=self._location.path)
         # Runs at close(), when nobody uses the object any more, or when the interpreter ends, whichever comes first.
         self._finalizer = weakref.finalize(self, self._connections.close)
         held = self._connections.take()

@@ -83,6 +83,15 @@ def mode_of(path: Path) -> int:
     return path.stat().st_mode & 0o777
 
 
+def identity_of(path: Path) -> tuple[int, int] | None:
+    """Return what tells the file at *path* from all others; None if there is none, or it can't be seen."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
+
+
 class OpenedFile:
     """The file that connections have open, as long as it is found where it was.
 
@@ -92,7 +101,7 @@ class OpenedFile:
     def __init__(self, path: Path) -> None:
         """Remember which file is at *path*."""
         self._path = path
-        self._identity = self._look()
+        self._identity = identity_of(path)
         self._trusted_until = time.monotonic() + TRUSTED
 
     def check(self, *, now: bool = False) -> None:
@@ -103,17 +112,10 @@ class OpenedFile:
         """
         if not now and time.monotonic() < self._trusted_until:
             return
-        if self._look() != self._identity:
+        if identity_of(self._path) != self._identity:
             raise StorageError(
                 f"{self._path}: the file was removed, renamed or replaced while it was open, and what was written "
                 "into it since is not in the file that is there now, if there is one; close this database and open "
                 "it again"
             )
         self._trusted_until = time.monotonic() + TRUSTED
-
-    def _look(self) -> tuple[int, int] | None:
-        try:
-            found = self._path.stat()
-        except OSError:
-            return None
-        return found.st_dev, found.st_ino
