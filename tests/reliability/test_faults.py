@@ -14,6 +14,7 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
+from datetime import UTC, datetime
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ import pytest
 from sqlalchemy.exc import SQLAlchemyError
 
 from conftest import Clock, url_of
-from moai_flow.memory import BusyError, StorageError, SwarmDB, SwarmDBError, files
+from moai_flow.memory import AgentMetric, AgentMetricType, BusyError, StorageError, SwarmDB, SwarmDBError, files
 from reliability.calls import CALLS, EVENT, IN_STEPS, SILENT, WAITS, content, prepare
 from reliability.injecting import Injector, injecting
 
@@ -208,12 +209,13 @@ def verify(subject: Subject, name: str, after: Any, where: str, *, raised: bool)
 
 
 class Interrupter:
-    """Raises KeyboardInterrupt where Python would handle a signal: as a function begins, or has come back from C."""
+    """Raises an exception where Python would handle a signal: as a function begins, or has come back from C."""
 
-    def __init__(self, at: int) -> None:
+    def __init__(self, at: int, kind: type[BaseException] = KeyboardInterrupt) -> None:
         self.events = 0
         self.place: object = None
         self._at = at
+        self._kind = kind
 
     def __enter__(self) -> "Interrupter":
         sys.setprofile(self._note)
@@ -228,7 +230,7 @@ class Interrupter:
         self.events += 1
         if self.events == self._at:
             self.place = frame.f_code.co_qualname if kind == "call" else argument
-            raise KeyboardInterrupt  # Python then takes the profile function away.
+            raise self._kind  # Python then takes the profile function away.
 
 
 @pytest.mark.parametrize("name", CALLS)
@@ -264,6 +266,38 @@ def test_an_interrupt_anywhere_leaves_all_or_nothing(
             except KeyboardInterrupt:
                 raised = True
             verify(subject, name, after, f"{name}, at {at} {interrupter.place}", raised=raised)
+
+
+class AlarmError(Exception):
+    """What a program's own handler of a signal raises, as its timeout."""
+
+
+def test_what_a_signals_handler_raises_comes_out_as_it_is(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
+    def call(db: SwarmDB) -> None:
+        with db.session() as session, db.session():
+            session.add(AgentMetric(agent_id="b", metric_type=AgentMetricType.DURATION, value=1, timestamp=moment))
+            db.register_agent("b", "t")
+
+    moment = datetime(2025, 11, 30, tzinfo=UTC)
+    monkeypatch.setattr(sys, "unraisablehook", lambda _: None)
+    for _ in range(2):
+        call(subject.db)
+        after = content(subject.db)
+        subject.renew()
+    with Interrupter(0) as counter:
+        call(subject.db)
+    subject.renew()
+    tries = min(counter.events, 4 * EXAMPLES)
+    with without_cycle_collector():
+        for number in range(tries):
+            interrupter = Interrupter(1 + counter.events * number // tries, AlarmError)
+            raised = False
+            try:
+                with interrupter:
+                    call(subject.db)
+            except AlarmError:
+                raised = True
+            verify(subject, "a session", after, f"{number} {interrupter.place}", raised=raised)
 
 
 INTERRUPTED = """
@@ -400,6 +434,21 @@ def test_a_file_that_was_replaced_while_open_is_noticed_and_left_alone(
         assert [agent.agent_id for agent in db.list_agents()] == ["other"]
 
 
+def test_a_block_whose_file_was_replaced_does_not_commit_into_the_old_one(path: Path, tmp_path: Path) -> None:
+    with SwarmDB(tmp_path / "other.db") as other, SwarmDB(path) as db:
+        db._get_connection()
+        other.backup(tmp_path / "copy.db")
+        with pytest.raises(StorageError, match="replaced"), db.transaction():
+            db.register_agent("a", "t")
+            path.rename(tmp_path / "renamed.db")
+            (tmp_path / "copy.db").rename(path)
+            db._connections._file._trusted_until = 0  # type: ignore[union-attr]
+        with pytest.raises(StorageError, match="replaced"):
+            db._get_connection()
+    with SwarmDB(tmp_path / "renamed.db") as db:
+        assert db.list_agents() == []
+
+
 def test_no_connection_is_opened_to_another_file_than_the_first(path: Path, tmp_path: Path) -> None:
     """Another thread's connection is not trusted for a second: it is new, and would lead to the new file."""
     with SwarmDB(path) as db, SwarmDB(tmp_path / "other.db") as other:
@@ -439,6 +488,7 @@ def test_a_file_that_is_seen_again_is_worked_on(path: Path) -> None:
 AS_NOBODY = """
 import os, sys
 from moai_flow.memory import StorageError, SwarmDB
+from datetime import UTC, datetime
 from pathlib import Path
 path, what = Path(sys.argv[1]), sys.argv[2]
 if os.geteuid() == 0:

@@ -9,7 +9,7 @@ from types import TracebackType
 from typing import Any, ClassVar
 
 from sqlalchemy import Dialect
-from sqlalchemy.exc import SQLAlchemyError, StatementError
+from sqlalchemy.exc import InvalidRequestError, SQLAlchemyError, StatementError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
 from moai_flow.memory.errors import BusyError, ConflictError, StorageError, SwarmDBError, TransactionError
@@ -60,7 +60,10 @@ class Backend(ABC):
 
     @abstractmethod
     def take_back(self, raw: Any, usual: Any) -> None:
-        """Undo `lend`, what `begin` set, and what its user set on it, outside any transaction; see `usual`."""
+        """Undo `lend`, what `begin` set, and what its user set on the driver's object, outside any transaction.
+
+        What its user told the database, by PRAGMA or SET, stays. See `usual`.
+        """
 
     def usual(self, raw: Any) -> Any:
         """Return how a connection is when it is new."""
@@ -173,6 +176,10 @@ class SQLite(Backend):
     def take_back(self, raw: Any, usual: Any) -> None:
         raw.isolation_level = None
         raw.row_factory = None
+        raw.text_factory = usual
+
+    def usual(self, raw: Any) -> Any:
+        return raw.text_factory
 
     def close(self, raw: Any) -> None:
         # As long as a statement is under way, which the traceback of an interrupt may hold, SQLite puts off closing,
@@ -378,7 +385,10 @@ def translated(error: Exception, where: str) -> SwarmDBError:
 
 
 class translating(AbstractContextManager[None]):  # noqa: N801 (as those of contextlib)
-    """Raise what a driver's error means in its place, and an interrupt in place of the error that it led to."""
+    """Raise what a driver's error means in its place, and an interrupt in place of the error that it led to.
+
+    An interrupt is whatever a signal's handler raises, be it ctrl-C or a timeout of the caller's.
+    """
 
     def __init__(self, where: str) -> None:
         self._where = where
@@ -395,13 +405,25 @@ class translating(AbstractContextManager[None]):  # noqa: N801 (as those of cont
                 raise translated(error, self._where) from error
 
 
-def _raise_interrupt_before(error: Exception, outside: BaseException | None) -> None:
-    """Raise the interrupt, such as ctrl-C, that *error* came up while handling; not one from *outside*.
+def _is_foreign(error: BaseException) -> bool:
+    """Whether *error* is nothing that SQLAlchemy, a driver or a value of a row gives rise to."""
+    usual = (SwarmDBError, AssertionError, TypeError, ValueError)
+    return not isinstance(error, usual) and not (isinstance(error, Exception) and is_of_database(error))
 
-    SQLAlchemy, interrupted in the middle of its own cleaning up, goes on with that, and may fail at it.
+
+def _raise_interrupt_before(error: Exception, outside: BaseException | None) -> None:
+    """Raise the interrupt that *error* came up while handling, or wraps; not one from *outside*.
+
+    SQLAlchemy, interrupted in the middle of its own cleaning up, goes on with that, and may fail at it, of its own
+    accord. Interrupted while it prepares a statement, it takes that for the statement's fault.
     """
+    if isinstance(error, StatementError) and error.orig is not None and _is_foreign(error.orig):
+        raise error.orig from None
+    is_of_its_own = isinstance(error, AssertionError | InvalidRequestError)
     context = error.__context__
-    while isinstance(context, Exception) and context is not outside:
+    while context is not None and context is not outside:
+        if not isinstance(context, Exception) or (is_of_its_own and _is_foreign(context)):
+            break
         context = context.__context__
     try:
         if context is not None and context is not outside:

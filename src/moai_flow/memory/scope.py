@@ -220,6 +220,8 @@ class Block:
         if self.outer is not None:
             self.outer.added += self.added
             return
+        if not self.readonly:
+            self._connections.check_file()
         root, raw = self.held.connection.get_transaction(), self.held.raw
         # Read only, there is nothing to commit, and a damaged file would fail even that.
         if root is None:
