@@ -494,6 +494,27 @@ def test_a_forked_child_uses_it_on(path: Path) -> None:
         assert {agent.agent_id for agent in db.list_agents()} == {"parent", "child", "again"}
 
 
+def test_a_child_that_is_forked_while_the_database_is_opened_opens_it_itself(path: Path) -> None:
+    program = """
+    async def register(name):
+        async with asyncio.timeout(20):
+            await db.register_agent(name, "t")
+    db = AsyncSwarmDB(path)
+    with db._opening:  # As a worker has it meanwhile.
+        child = os.fork()
+        if not child:
+            asyncio.run(register("child"))
+            os._exit(0)
+        assert os.waitpid(child, 0)[1] == 0
+    asyncio.run(register("parent"))
+    asyncio.run(db.close())
+    """
+    in_a_process(program, path)
+
+    with SwarmDB(path) as db:
+        assert {agent.agent_id for agent in db.list_agents()} == {"child", "parent"}
+
+
 def test_a_forked_child_awaits_in_the_loop_that_a_result_was_on_its_way_to(path: Path) -> None:
     program = """
     import threading
@@ -858,6 +879,20 @@ def test_a_call_that_has_ended_or_was_given_up_holds_nothing_though_somebody_has
         assert (result(), argument()) == (None, None)
 
     asyncio.run(main())
+
+
+def test_a_call_that_was_given_up_as_a_worker_took_it_is_not_made() -> None:
+    made: list[int] = []
+
+    async def main() -> None:
+        job = Job(lambda: made.append(1))
+        task = asyncio.create_task(job.wait())
+        await asyncio.sleep(0)
+        assert await cancelled(task)
+        job.run()
+
+    asyncio.run(main())
+    assert made == []
 
 
 def complaints() -> list[dict[str, Any]]:

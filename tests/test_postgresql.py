@@ -589,6 +589,26 @@ def test_an_interrupt_in_the_middle_of_a_statement_leaves_the_pool_whole(
             signal.signal(signal.SIGALRM, previous)
 
 
+def test_an_interrupt_that_is_caught_in_a_block_leaves_it_as_it_was(postgres_url: str, store: SwarmDB) -> None:
+    def interrupt(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    store.insert_event(EVENT)
+    previous = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        with SwarmDB(url=postgres_url) as other, store.transaction():
+            store.register_agent("a", "t")
+            with other.transaction() as conn:
+                conn.execute("LOCK agent_events")
+                signal.setitimer(signal.ITIMER_REAL, 0.3)
+                with pytest.raises(KeyboardInterrupt):
+                    store.insert_event(EVENT)
+            store.register_agent("b", "t")
+    finally:
+        signal.signal(signal.SIGALRM, previous)
+    assert len(store.list_agents()) == 2
+
+
 def test_a_place_in_the_pool_that_nobody_has_any_more_is_free_again() -> None:
     permits = Permits(Limit(connections=1, patience=0))
     permit = permits.take()
