@@ -395,6 +395,31 @@ def test_a_transaction_of_a_loop_that_was_closed_in_the_middle_is_rolled_back(sh
     task._log_destroy_pending = False  # type: ignore[attr-defined]
 
 
+def test_calls_of_a_loop_that_was_closed_are_given_up_with_their_coroutines(path: Path) -> None:
+    db = AsyncSwarmDB(path, pool_size=1)
+    begun, go_on = threading.Event(), threading.Event()
+    asyncio.run(_register(db, "a"))
+    loop = asyncio.new_event_loop()
+    tasks = [loop.create_task(db._do(lambda _: (begun.set(), go_on.wait()))), loop.create_task(_register(db, "late"))]
+    loop.run_until_complete(asyncio.sleep(0))
+    begun.wait()
+    loop.close()
+    for task in tasks:
+        coroutine: Any = task.get_coro()
+        coroutine.close()
+        task._log_destroy_pending = False  # type: ignore[attr-defined]
+    assert not db._workers._waiting
+    go_on.set()
+
+    async def rest() -> None:
+        async with asyncio.timeout(20):
+            assert [agent.agent_id for agent in await db.list_agents()] == ["a"]
+        await db.close()
+
+    asyncio.run(rest())
+    join_workers()
+
+
 IN_A_PROCESS = """
 import asyncio, os, sys
 from moai_flow.memory.aio import AsyncSwarmDB

@@ -227,6 +227,14 @@ def test_a_connection_is_used_again_after_a_session_that_was_undone(file_db: Swa
     assert agents(file_db) == {"a"}
 
 
+def test_a_connection_is_used_again_after_a_block_that_could_not_begin(path: Path) -> None:
+    with SwarmDB(path) as other, SwarmDB(path, busy_timeout=0) as db:
+        held = db._connections._idle[-1]
+        with other.transaction(), pytest.raises(BusyError), db.transaction():
+            pass
+        assert db._connections._idle[-1] is held
+
+
 def test_a_connection_on_which_an_interrupt_came_is_not_used_again(file_db: SwarmDB) -> None:
     raws = []
     for error in (OopsError, KeyboardInterrupt, None):
