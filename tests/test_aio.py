@@ -399,8 +399,13 @@ def test_calls_of_a_loop_that_was_closed_are_given_up_with_their_coroutines(path
     db = AsyncSwarmDB(path, pool_size=1)
     begun, go_on = threading.Event(), threading.Event()
     asyncio.run(_register(db, "a"))
+
+    def hold(_: SwarmDB) -> None:
+        begun.set()
+        go_on.wait()
+
     loop = asyncio.new_event_loop()
-    tasks = [loop.create_task(db._do(lambda _: (begun.set(), go_on.wait()))), loop.create_task(_register(db, "late"))]
+    tasks = [loop.create_task(db._do(hold)), loop.create_task(_register(db, "late"))]
     loop.run_until_complete(asyncio.sleep(0))
     begun.wait()
     loop.close()
@@ -868,7 +873,7 @@ def test_what_a_call_was_given_is_let_go_before_its_result_is_on_its_way() -> No
     there: list[bool] = []
 
     class Noting(asyncio.SelectorEventLoop):
-        def call_soon_threadsafe(self, *arguments: Any, **options: Any) -> asyncio.Handle:
+        def call_soon_threadsafe(self, *arguments: Any, **options: Any) -> asyncio.Handle:  # type: ignore[override]
             there.extend(thing() is not None for thing in things)
             return super().call_soon_threadsafe(*arguments, **options)
 
@@ -930,7 +935,12 @@ def complaints() -> list[dict[str, Any]]:
 def test_a_result_that_comes_while_its_task_is_cancelled_again_is_no_complaint() -> None:
     async def main() -> None:
         found, begun, go_on = complaints(), threading.Event(), threading.Event()
-        job = Job(lambda: (begun.set(), go_on.wait()))
+
+        def hold() -> None:
+            begun.set()
+            go_on.wait()
+
+        job = Job(hold)
         task = asyncio.create_task(job.wait())
         await asyncio.sleep(0)
         worker = threading.Thread(target=job.run)
