@@ -7,6 +7,7 @@ import sqlite3
 import subprocess
 import sys
 import threading
+import warnings
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -479,7 +480,9 @@ def test_a_forked_child_leaves_what_is_in_a_callers_pool_to_the_parent(path: Pat
     with SwarmDB(engine=engine) as db:
         with db.transaction() as parents:
             db.register_agent("a", "t")
-        child = os.fork()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # From 3.12 on, forking beside threads warns.
+            child = os.fork()
         if child == 0:
             with db.transaction() as raw:
                 os._exit(raw is parents)

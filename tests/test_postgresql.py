@@ -9,6 +9,7 @@ import signal
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -715,7 +716,9 @@ def test_a_forked_child_has_all_places_of_the_pool(postgres_url: str) -> None:
     with SwarmDB(url=postgres_url, pool_size=1, busy_timeout=0) as db:
         with db.transaction():
             db.register_agent("a", "t")
-            child = os.fork()
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", DeprecationWarning)  # From 3.12 on, forking beside threads warns.
+                child = os.fork()
             if child == 0:
                 os._exit(len(db.list_agents()))
             assert os.waitpid(child, 0)[1] == 0
