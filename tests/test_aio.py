@@ -395,6 +395,36 @@ def test_a_transaction_of_a_loop_that_was_closed_in_the_middle_is_rolled_back(sh
     task._log_destroy_pending = False  # type: ignore[attr-defined]
 
 
+def test_calls_of_a_loop_that_was_closed_are_given_up_with_their_coroutines(path: Path) -> None:
+    db = AsyncSwarmDB(path, pool_size=1)
+    begun, go_on = threading.Event(), threading.Event()
+    asyncio.run(_register(db, "a"))
+
+    def hold(_: SwarmDB) -> None:
+        begun.set()
+        go_on.wait()
+
+    loop = asyncio.new_event_loop()
+    tasks = [loop.create_task(db._do(hold)), loop.create_task(_register(db, "late"))]
+    loop.run_until_complete(asyncio.sleep(0))
+    begun.wait()
+    loop.close()
+    for task in tasks:
+        coroutine: Any = task.get_coro()
+        coroutine.close()
+        task._log_destroy_pending = False  # type: ignore[attr-defined]
+    assert not db._workers._waiting
+    go_on.set()
+
+    async def rest() -> None:
+        async with asyncio.timeout(20):
+            assert [agent.agent_id for agent in await db.list_agents()] == ["a"]
+        await db.close()
+
+    asyncio.run(rest())
+    join_workers()
+
+
 IN_A_PROCESS = """
 import asyncio, os, sys
 from moai_flow.memory.aio import AsyncSwarmDB
@@ -492,6 +522,27 @@ def test_a_forked_child_uses_it_on(path: Path) -> None:
 
     with SwarmDB(path) as db:
         assert {agent.agent_id for agent in db.list_agents()} == {"parent", "child", "again"}
+
+
+def test_a_child_that_is_forked_while_the_database_is_opened_opens_it_itself(path: Path) -> None:
+    program = """
+    async def register(name):
+        async with asyncio.timeout(20):
+            await db.register_agent(name, "t")
+    db = AsyncSwarmDB(path)
+    with db._opening:  # As a worker has it meanwhile.
+        child = os.fork()
+        if not child:
+            asyncio.run(register("child"))
+            os._exit(0)
+        assert os.waitpid(child, 0)[1] == 0
+    asyncio.run(register("parent"))
+    asyncio.run(db.close())
+    """
+    in_a_process(program, path)
+
+    with SwarmDB(path) as db:
+        assert {agent.agent_id for agent in db.list_agents()} == {"child", "parent"}
 
 
 def test_a_forked_child_awaits_in_the_loop_that_a_result_was_on_its_way_to(path: Path) -> None:
@@ -822,7 +873,7 @@ def test_what_a_call_was_given_is_let_go_before_its_result_is_on_its_way() -> No
     there: list[bool] = []
 
     class Noting(asyncio.SelectorEventLoop):
-        def call_soon_threadsafe(self, *arguments: Any, **options: Any) -> asyncio.Handle:
+        def call_soon_threadsafe(self, *arguments: Any, **options: Any) -> asyncio.Handle:  # type: ignore[override]
             there.extend(thing() is not None for thing in things)
             return super().call_soon_threadsafe(*arguments, **options)
 
@@ -860,6 +911,20 @@ def test_a_call_that_has_ended_or_was_given_up_holds_nothing_though_somebody_has
     asyncio.run(main())
 
 
+def test_a_call_that_was_given_up_as_a_worker_took_it_is_not_made() -> None:
+    made: list[int] = []
+
+    async def main() -> None:
+        job = Job(lambda: made.append(1))
+        task = asyncio.create_task(job.wait())
+        await asyncio.sleep(0)
+        assert await cancelled(task)
+        job.run()
+
+    asyncio.run(main())
+    assert made == []
+
+
 def complaints() -> list[dict[str, Any]]:
     """Return what the running loop complains about from here on."""
     found: list[dict[str, Any]] = []
@@ -870,7 +935,12 @@ def complaints() -> list[dict[str, Any]]:
 def test_a_result_that_comes_while_its_task_is_cancelled_again_is_no_complaint() -> None:
     async def main() -> None:
         found, begun, go_on = complaints(), threading.Event(), threading.Event()
-        job = Job(lambda: (begun.set(), go_on.wait()))
+
+        def hold() -> None:
+            begun.set()
+            go_on.wait()
+
+        job = Job(hold)
         task = asyncio.create_task(job.wait())
         await asyncio.sleep(0)
         worker = threading.Thread(target=job.run)

@@ -118,10 +118,12 @@ def test_a_read_in_chunks_is_ended_on_a_server_as_well(postgres_url: str) -> Non
     run(scenario, postgres_url, pool_size=1)
 
 
-def test_a_block_that_only_reads_gives_its_connection_back_when_it_was_ended(path: Path) -> None:
+def test_a_block_that_only_reads_gives_its_connection_back_when_it_was_ended(shared_url: str) -> None:
     def read(store: SwarmDB) -> None:
         with store.session(readonly=True) as session:
-            session.connection().exec_driver_sql(ENDLESS).all()
+            session.connection().exec_driver_sql(
+                "SELECT pg_sleep(3600)" if store._location.is_on_server else ENDLESS
+            ).all()
 
     async def scenario(db: AsyncSwarmDB) -> None:
         await db.list_agents()
@@ -133,7 +135,7 @@ def test_a_block_that_only_reads_gives_its_connection_back_when_it_was_ended(pat
         assert await cancelled(task)
         assert db._db._connections._idle == [held]
 
-    run(scenario, f"sqlite:///{path}", pool_size=1)
+    run(scenario, shared_url, pool_size=1)
 
 
 def beat(store: SwarmDB) -> None:
@@ -186,6 +188,7 @@ def test_only_the_statement_of_the_call_that_was_cancelled_is_ended(url: str) ->
 
 def test_a_statement_is_cancelled_until_it_ends_and_its_worker_waits_for_that(path: Path) -> None:
     sent: list[str] = []
+    refused: list[bool] = []
 
     def cancel() -> bool:
         sent.append("begun")
@@ -199,7 +202,7 @@ def test_a_statement_is_cancelled_until_it_ends_and_its_worker_waits_for_that(pa
             time.sleep(0.001)
         is_certain = statement_ends()
         sent.append("ended")
-        assert not statement_begins(cancel)
+        refused.append(not statement_begins(cancel))
         return is_certain
 
     async def scenario(db: AsyncSwarmDB) -> None:
@@ -209,6 +212,7 @@ def test_a_statement_is_cancelled_until_it_ends_and_its_worker_waits_for_that(pa
         assert await cancelled(task)
         assert sent[-2:] == ["done", "ended"]
         assert sent[:4] == ["begun", "done", "begun", "done"]
+        assert refused == [True]
         await db.list_agents()
         assert sent[-1] == "ended"
 
@@ -239,6 +243,32 @@ def test_a_statement_after_a_cancellation_that_failed_may_be_hit(
         await asyncio.sleep(0.01)
         assert await cancelled(task)
         assert certain == [False]
+
+    run(scenario, f"sqlite:///{path}", pool_size=1)
+
+
+def test_nothing_is_sent_when_a_call_is_cancelled_between_two_statements(path: Path) -> None:
+    sent: list[str] = []
+    between, go_on = threading.Event(), threading.Event()
+
+    def cancel() -> bool:
+        sent.append("sent")
+        return True
+
+    def work(_: SwarmDB) -> None:
+        assert statement_begins(cancel)
+        assert statement_ends()
+        between.set()
+        go_on.wait()
+
+    async def scenario(db: AsyncSwarmDB) -> None:
+        task, _ = at_work(db, work)
+        await until(between.is_set)
+        task.cancel()
+        await asyncio.sleep(0.05)
+        go_on.set()
+        assert await cancelled(task)
+        assert sent == []
 
     run(scenario, f"sqlite:///{path}", pool_size=1)
 

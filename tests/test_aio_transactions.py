@@ -313,6 +313,35 @@ def test_a_call_that_is_cut_off_leaves_its_block_usable(shared_url: str) -> None
     run(scenario, shared_url)
 
 
+def test_what_was_begun_in_a_block_is_done_as_a_whole_though_it_is_given_up(url: str) -> None:
+    begun, go_on = threading.Event(), threading.Event()
+
+    def change(raw: Any) -> None:
+        raw.execute("UPDATE agent_registry SET agent_type = 'u' WHERE agent_id = 'a'")
+        begun.set()
+        go_on.wait()
+        raw.execute("UPDATE agent_registry SET agent_type = 'u' WHERE agent_id = 'b'")
+
+    async def scenario(db: AsyncSwarmDB) -> None:
+        await register(db, "a")
+        await register(db, "b")
+
+        async def block() -> None:
+            async with db.transaction() as conn:
+                with suppress(asyncio.CancelledError):
+                    await conn.run(change)
+
+        task = asyncio.create_task(block())
+        await until(begun.is_set)
+        task.cancel()
+        await asyncio.sleep(0)
+        go_on.set()
+        await task
+        assert {agent.agent_type for agent in await db.list_agents()} == {"u"}
+
+    run(scenario, url)
+
+
 def test_a_call_in_a_block_that_waits_for_a_row_is_cut_off_and_the_block_goes_on(postgres_url: str) -> None:
     async def scenario(db: AsyncSwarmDB) -> None:
         await register(db, "contended")
@@ -428,6 +457,31 @@ def test_a_block_whose_coroutine_is_destroyed_is_undone(url: str) -> None:
         assert await agents(db) == ["a", "c"]
 
     run(scenario, url, pool_size=1)
+
+
+def test_a_block_whose_coroutine_is_destroyed_when_no_loop_runs_is_undone(url: str) -> None:
+    db = AsyncSwarmDB(url=url, pool_size=1)
+    loop = asyncio.new_event_loop()
+    has_written = loop.create_future()
+
+    async def work() -> None:
+        async with db.transaction():
+            await register(db, "a")
+            has_written.set_result(None)
+            await loop.create_future()
+
+    async def rest() -> None:
+        assert await agents(db) == []
+        await db.close()
+
+    task = loop.create_task(work())
+    loop.run_until_complete(has_written)
+    coroutine: Any = task.get_coro()
+    coroutine.close()
+    assert not db._pinned
+    task._log_destroy_pending = False  # type: ignore[attr-defined]
+    loop.close()
+    asyncio.run(rest())
 
 
 def traceback_of(task: "asyncio.Task[Any]") -> list[str]:

@@ -7,6 +7,7 @@ import sqlite3
 import subprocess
 import sys
 import threading
+import warnings
 from collections.abc import Iterator
 from contextlib import closing, suppress
 from pathlib import Path
@@ -507,7 +508,9 @@ def test_a_fork_closes_what_is_in_a_callers_pool_and_each_side_opens_its_own(pat
     with SwarmDB(engine=engine) as db:
         with db.transaction() as parents:
             db.register_agent("a", "t")
-        child = os.fork()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # From 3.12 on, forking beside threads warns.
+            child = os.fork()
         if child == 0:
             with suppress(sqlite3.ProgrammingError):  # It is closed.
                 parents.execute("SELECT 1")

@@ -9,6 +9,7 @@ import signal
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -589,6 +590,26 @@ def test_an_interrupt_in_the_middle_of_a_statement_leaves_the_pool_whole(
             signal.signal(signal.SIGALRM, previous)
 
 
+def test_an_interrupt_that_is_caught_in_a_block_leaves_it_as_it_was(postgres_url: str, store: SwarmDB) -> None:
+    def interrupt(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    store.insert_event(EVENT)
+    previous = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        with SwarmDB(url=postgres_url) as other, store.transaction():
+            store.register_agent("a", "t")
+            with other.transaction() as conn:
+                conn.execute("LOCK agent_events")
+                signal.setitimer(signal.ITIMER_REAL, 0.3)
+                with pytest.raises(KeyboardInterrupt):
+                    store.insert_event(EVENT)
+            store.register_agent("b", "t")
+    finally:
+        signal.signal(signal.SIGALRM, previous)
+    assert len(store.list_agents()) == 2
+
+
 def test_a_place_in_the_pool_that_nobody_has_any_more_is_free_again() -> None:
     permits = Permits(Limit(connections=1, patience=0))
     permit = permits.take()
@@ -695,7 +716,9 @@ def test_a_forked_child_has_all_places_of_the_pool(postgres_url: str) -> None:
     with SwarmDB(url=postgres_url, pool_size=1, busy_timeout=0) as db:
         with db.transaction():
             db.register_agent("a", "t")
-            child = os.fork()
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", DeprecationWarning)  # From 3.12 on, forking beside threads warns.
+                child = os.fork()
             if child == 0:
                 os._exit(len(db.list_agents()))
             assert os.waitpid(child, 0)[1] == 0

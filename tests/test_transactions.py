@@ -29,6 +29,7 @@ from moai_flow.memory import (
     MemoryType,
     RegisteredAgent,
     SessionMemory,
+    StorageError,
     SwarmDB,
     TransactionError,
 )
@@ -215,6 +216,25 @@ def test_a_connection_is_used_again_after_what_leaves_generators_and_coroutines(
     assert agents(file_db) == {"a"}
 
 
+def test_a_connection_is_used_again_after_a_session_that_was_undone(file_db: SwarmDB) -> None:
+    file_db.register_agent("a", "t")
+    held = file_db._connections._idle[-1]
+    with pytest.raises(OopsError), file_db.session() as session:
+        session.add(RegisteredAgent(agent_id="b", agent_type="t"))
+        session.flush()
+        raise OopsError
+    assert file_db._connections._idle[-1] is held
+    assert agents(file_db) == {"a"}
+
+
+def test_a_connection_is_used_again_after_a_block_that_could_not_begin(path: Path) -> None:
+    with SwarmDB(path) as other, SwarmDB(path, busy_timeout=0) as db:
+        held = db._connections._idle[-1]
+        with other.transaction(), pytest.raises(BusyError), db.transaction():
+            pass
+        assert db._connections._idle[-1] is held
+
+
 def test_a_connection_on_which_an_interrupt_came_is_not_used_again(file_db: SwarmDB) -> None:
     raws = []
     for error in (OopsError, KeyboardInterrupt, None):
@@ -263,6 +283,77 @@ def test_a_connection_of_a_single_call_on_which_an_interrupt_came_is_not_used_ag
         sys.setprofile(None)
     assert not held.is_open
     assert held not in file_db._connections._idle
+
+
+@pytest.mark.parametrize("step", ["_new_block", "take", "abandon_with", "begin", "lend"])
+def test_an_interrupt_at_any_step_of_the_beginning_of_a_block_comes_out_as_itself(db: SwarmDB, step: str) -> None:
+    def interrupt(frame: FrameType, kind: str, argument: object) -> None:
+        if kind == "call" and frame.f_code.co_name == step:
+            raise KeyboardInterrupt  # Python then takes the profile function away.
+
+    db.register_agent("a", "t")
+    sys.setprofile(interrupt)
+    try:
+        with pytest.raises(KeyboardInterrupt), db.transaction():
+            pass
+    finally:
+        sys.setprofile(None)
+    connections = db._connections
+    assert connections.local.blocks == []
+    assert all(held.is_open and not held.in_transaction for held in connections._idle)
+    db.register_agent("b", "t")
+    assert agents(db) == {"a", "b"}
+
+
+def test_an_interrupt_after_an_inner_block_was_undone_leaves_the_outer_as_it_was(db: SwarmDB) -> None:
+    def interrupt(frame: FrameType, kind: str, argument: object) -> None:
+        caller = frame.f_back
+        if kind == "call" and caller is not None and (caller.f_code.co_name, frame.f_code.co_name) == UNDONE:
+            raise KeyboardInterrupt  # Python then takes the profile function away.
+
+    with db.transaction():
+        db.register_agent("a", "t")
+        try:
+            with pytest.raises(KeyboardInterrupt), db.transaction():
+                db.register_agent("b", "t")
+                sys.setprofile(interrupt)
+                raise OopsError
+        finally:
+            sys.setprofile(None)
+    assert agents(db) == {"a"}
+
+
+#: Where the inner block has been undone.
+UNDONE = ("_undo", "__exit__")
+
+
+def test_what_a_signal_handler_reads_while_a_block_begins_is_no_part_of_it(file_db: SwarmDB) -> None:
+    read: list[set[str]] = []
+
+    def handle(frame: FrameType, kind: str, argument: object) -> None:
+        if kind == "call" and frame.f_code.co_qualname == "SQLite.begin":
+            sys.setprofile(None)
+            read.append(agents(file_db))
+
+    file_db.register_agent("a", "t")
+    sys.setprofile(handle)
+    try:
+        with file_db.transaction():
+            file_db.register_agent("b", "t")
+    finally:
+        sys.setprofile(None)
+    assert read == [{"a"}]
+
+
+def test_an_older_interrupt_is_not_mistaken_for_the_one_that_an_error_came_up_in() -> None:
+    try:
+        raise KeyboardInterrupt
+    except KeyboardInterrupt:
+        try:
+            raise OopsError
+        except OopsError:
+            with pytest.raises(StorageError, match="disk"), translating("here"):
+                raise sqlite3.OperationalError("disk") from None
 
 
 def test_an_interrupt_comes_out_as_itself_though_cleaning_up_after_it_fails() -> None:
@@ -316,6 +407,14 @@ def test_rows_are_addressed_by_name_and_only_inside(local_db: SwarmDB) -> None:
         assert local_db.get_agent("a") is not None
 
     assert local_db.get_agent("a") is not None
+
+
+def test_domain_methods_read_rows_of_their_own_whatever_a_block_wants_of_its_rows(local_db: SwarmDB) -> None:
+    local_db.register_agent("a", "t")
+    with local_db.transaction() as conn:
+        conn.row_factory = lambda cursor, row: "mine"  # type: ignore[attr-defined]
+        assert conn.execute("SELECT 1").fetchone() == "mine"
+        assert agents(local_db) == {"a"}
 
 
 def test_a_session_is_typed_and_joined(db: SwarmDB) -> None:

@@ -295,8 +295,9 @@ class Job(Generic[T]):
                     await self._ended()
             raise
         except GeneratorExit:  # Nobody can wait here any more.
-            future.cancel()
             self._give_up()
+            with suppress(RuntimeError):  # The loop may be closed.
+                future.cancel()
             raise
         finally:
             if timer is not None:
@@ -336,7 +337,7 @@ class Job(Generic[T]):
         with self._lock:
             if self._state is _State.WAITING:
                 self._drop()
-            elif self._state is _State.RUNNING and not self.is_given_up:
+            elif self._state is _State.RUNNING:
                 self.is_given_up = True
                 if self._cancel is not None:
                     with suppress(RuntimeError):  # There is no thread to be had: the statement goes on to its end.
