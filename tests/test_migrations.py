@@ -349,9 +349,8 @@ def test_what_is_no_time_is_left_for_check_to_name(old: Path) -> None:
 def test_what_stands_beside_a_time_but_tells_no_zone_is_passed_over(old: Path, zone: str) -> None:
     add_event(old, "local too", "2025-11-29T19:00:00", "2025-11-29T19:00:00")
     add_event(old, "tells the zone", "2025-11-29T19:11:29.953194", "2025-11-29 10:11:29")
-    agent = (
-        "INSERT INTO agent_registry (agent_id, agent_type, status, spawn_time, last_updated) VALUES (?, 't', ?, ?, ?)"
-    )
+    agent = "INSERT INTO agent_registry (agent_id, agent_type, status, spawn_time, last_updated) "
+    agent += "VALUES (?, 't', 'running', ?, '2025-11-29T19:00:00')"
     for number, spawned in enumerate((1e300, 1e12, -1e300, 3e11, "soon", b"x")):  # No datetime holds any of these.
         run(old, agent, f"a{number}", spawned)
     SwarmDB(old).close()

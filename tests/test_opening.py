@@ -84,7 +84,7 @@ def test_urls_reach_files_and_memory(tmp_path: Path) -> None:
 
 
 def test_a_uri_may_have_letters_in_percent(tmp_path: Path) -> None:
-    with SwarmDB(url=f"sqlite:///file:{tmp_path}/a%20b.db?uri=true") as db:
+    with SwarmDB(url=f"sqlite:///file:{tmp_path}/a%2520b.db?uri=true") as db:
         assert db.db_path == tmp_path / "a b.db"
         db.register_agent("a", "t")
     assert [path.name for path in tmp_path.iterdir()] == ["a b.db"]

@@ -153,7 +153,7 @@ def _copy_all(original: sqlite3.Connection, copy: sqlite3.Connection, source: Pa
     deadline = time.monotonic() + patience
 
     def give_up(status: int, remaining: int, total: int) -> None:
-        if status & 0xFF in _LOCKED and time.monotonic() > deadline:
+        if status in _LOCKED and time.monotonic() > deadline:
             raise BusyError(f"{source}: another program keeps the backup locked")
 
     original.backup(copy, progress=give_up)

@@ -286,7 +286,7 @@ def _rates(rates: Rates) -> Iterator[str | tuple[str, str]]:
 def _table(agents: list[Seen], now: datetime, width: int | None) -> Table:
     """Return a line for each agent. Where there is no room for the whole of their ids and types, those are cut."""
     fixed: list[_Shown] = [
-        ("state", "left", [Text(show.visible(one.state), _STYLES.get(one.state, "")) for one in agents]),
+        ("state", "left", [Text(one.state, _STYLES.get(one.state, "")) for one in agents]),
         ("age", "right", [Text(show.span(now - one.agent.spawned_at)) for one in agents]),
         ("last\nheard", "right", [Text(show.span(now - one.agent.last_updated)) for one in agents]),
         ("tasks\n/min", "right", [Text(_rate(one.rates.tasks)) for one in agents]),
