@@ -937,3 +937,15 @@ def test_vacuum_and_backup_are_refused_in_a_block(db: SwarmDB, tmp_path: Path) -
             db.vacuum()
         with pytest.raises(TransactionError, match="backup"):
             db.backup(tmp_path / "copy.db")
+
+
+def test_a_text_factory_that_is_set_in_a_block_ends_with_it(path: Path) -> None:
+    with SwarmDB(path) as db:
+        db.register_agent("a", "t")
+        with db.transaction() as raw:
+            raw.text_factory = bytes  # type: ignore[attr-defined]
+
+        assert db.get_agent("a") is not None
+        with db.transaction() as again:
+            assert again is raw
+            assert tuple(again.execute("SELECT agent_id FROM agent_registry").fetchone()) == ("a",)
