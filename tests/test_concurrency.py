@@ -16,6 +16,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 import pytest
+from sqlalchemy.event import listen
 
 from moai_flow.memory import ClosedError, EventData, StorageError, SwarmDB, TransactionError
 from moai_flow.memory.connections import is_open_here
@@ -392,7 +393,29 @@ def hold_block_of_another_thread(db: SwarmDB) -> Callable[[], object]:
     return end
 
 
-@pytest.mark.parametrize("hold", [hold_block, hold_session, hold_connection, hold_block_of_another_thread])
+def hold_opening_of_another_thread(db: SwarmDB) -> Callable[[], object]:
+    has_begun, is_to_end = threading.Event(), threading.Event()
+    db._connections.let_go()  # So that the thread opens one.
+
+    def hold(*_: object) -> None:
+        has_begun.set()
+        is_to_end.wait(30)
+
+    def end() -> None:
+        is_to_end.set()
+        thread.join()
+
+    listen(db._connections._engine, "connect", hold)
+    thread = threading.Thread(target=db.list_agents)
+    thread.start()
+    has_begun.wait()
+    return end
+
+
+@pytest.mark.parametrize(
+    "hold",
+    [hold_block, hold_session, hold_connection, hold_block_of_another_thread, hold_opening_of_another_thread],
+)
 def test_a_child_whose_parent_had_the_file_in_use_is_refused(
     path: Path, hold: Callable[[SwarmDB], Callable[[], object]]
 ) -> None:
@@ -407,6 +430,7 @@ def test_a_child_whose_parent_had_the_file_in_use_is_refused(
             with pytest.raises(StorageError, match="was forked"):
                 SwarmDB(path)
             free.register_agent("b", "t")
+            SwarmDB(path.with_name("new.db")).close()
 
         assert forked(child) == 0
         end()

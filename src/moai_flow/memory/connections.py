@@ -10,7 +10,7 @@ from asyncio import CancelledError
 from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import unquote
 from uuid import uuid4
 
@@ -22,6 +22,8 @@ from moai_flow.memory.engine import LOG_LIMIT_MIB, Location, log_bytes
 from moai_flow.memory.errors import BusyError, ClosedError, StorageError
 from moai_flow.memory.files import OpenedFile, identity_of, make_file, put_in_place
 from moai_flow.memory.patience import PatientConnection, interruption
+
+T = TypeVar("T")
 
 
 class Held:
@@ -294,7 +296,7 @@ class Connections:
         """Whether one of them, idle or in use, is open to this file."""
         database = self._engine.url.database or ""
         return (
-            any(held.is_open for held in list(self._open))
+            any(held.is_open for held in _those_in(self._open))
             and self._engine.dialect.name == "sqlite"
             and Path(unquote(database.removeprefix("file:"))).resolve() == path
         )
@@ -313,7 +315,7 @@ class Connections:
             return False
         own = [block.held for block in self.local.blocks]
         return bool(self._opening) or any(
-            held.is_open and not held.is_pinned and held not in own for held in list(self._open)
+            held.is_open and not held.is_pinned and held not in own for held in _those_in(self._open)
         )
 
     def let_go(self) -> None:
@@ -330,9 +332,9 @@ class Connections:
         """Leave every connection to the parent process. The child opens its own, unless the parent had some in use."""
         import ctypes  # Only a forked child needs it, and it would slow every import of the package.
 
+        if self._path is not None and (self._opening or any(held.is_open for held in self._open)):
+            _left_to_parent.add(identity_of(self._path) if self._file is None else self._file.identity)
         for held in self._open:
-            if self._path is not None and held.is_open:
-                _left_to_parent.add(identity_of(self._path))
             # Closing an inherited connection, as deallocation would, may undo what the parent is writing:
             # https://sqlite.org/howtocorrupt.html#_carrying_an_open_database_file_across_a_fork_
             # So would SQLAlchemy, when it finds that nobody has the connection any more.
@@ -400,7 +402,7 @@ class Connections:
         return True
 
     def _connect(self) -> Held:
-        if _left_to_parent and self._path is not None and identity_of(self._path) in _left_to_parent:
+        if _left_to_parent and self._path is not None and identity_of(self._path) in _left_to_parent - {None}:
             raise StorageError(f"{self.where}: {_IN_USE_AT_FORK}")
         try:
             self._opening.add(threading.get_ident())
@@ -480,9 +482,17 @@ _NO_INTERRUPT = (type(None), Exception, GeneratorExit, CancelledError)
 _instances: weakref.WeakSet[Connections] = weakref.WeakSet()
 
 
+def _those_in(weak: "weakref.WeakSet[T]") -> "list[T]":
+    while True:
+        try:
+            return list(weak)
+        except RuntimeError:
+            pass  # Another thread has added one meanwhile.
+
+
 def is_open_here(path: Path) -> bool:
     """Whether this process has a connection to a database's file, of whatever `SwarmDB`. *path* leads to it itself."""
-    return any(connections.has_open(path) for connections in list(_instances))
+    return any(connections.has_open(path) for connections in _those_in(_instances))
 
 
 # Forks
@@ -511,7 +521,7 @@ def _wait_for_forks() -> None:
 
 def _before_fork() -> None:
     _forks[threading.get_ident()] = threading.Event()
-    instances = list(_instances)
+    instances = _those_in(_instances)
     deadline = time.monotonic() + _CALLS_WAITED_FOR
     while True:
         for connections in instances:

@@ -101,7 +101,7 @@ class OpenedFile:
     def __init__(self, path: Path) -> None:
         """Remember which file is at *path*."""
         self._path = path
-        self._identity = identity_of(path)
+        self.identity = identity_of(path)
         self._trusted_until = time.monotonic() + TRUSTED
 
     def check(self, *, now: bool = False) -> None:
@@ -112,7 +112,7 @@ class OpenedFile:
         """
         if not now and time.monotonic() < self._trusted_until:
             return
-        if identity_of(self._path) != self._identity:
+        if identity_of(self._path) != self.identity:
             raise StorageError(
                 f"{self._path}: the file was removed, renamed or replaced while it was open, and what was written "
                 "into it since is not in the file that is there now, if there is one; close this database and open "
