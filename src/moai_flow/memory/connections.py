@@ -18,7 +18,7 @@ from sqlalchemy import Connection, Engine
 from sqlalchemy.exc import SQLAlchemyError
 
 from moai_flow.memory.backends import Backend, SQLite, backend_of, translated
-from moai_flow.memory.engine import LOG_LIMIT_MIB, Location, log_bytes
+from moai_flow.memory.engine import LOG_LIMIT_MIB, Location, check_file_of_log, log_bytes
 from moai_flow.memory.errors import BusyError, ClosedError, StorageError
 from moai_flow.memory.files import OpenedFile, make_file, put_in_place
 from moai_flow.memory.patience import PatientConnection, interruption
@@ -365,6 +365,8 @@ class Connections:
         return True
 
     def _connect(self) -> Held:
+        if self._log_of is not None:
+            check_file_of_log(self._log_of)
         try:
             held = Held(self._source.connect(), self._backend)
         except (SQLAlchemyError, UnicodeDecodeError) as error:

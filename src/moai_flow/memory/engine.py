@@ -16,7 +16,7 @@ from sqlalchemy.engine import URL, ExceptionContext
 from sqlalchemy.exc import ArgumentError
 
 from moai_flow.memory.errors import InvalidInputError, StorageError
-from moai_flow.memory.files import make_file, make_folder
+from moai_flow.memory.files import make_file, make_folder, size_of
 from moai_flow.memory.patience import PORTION, Interrupts, patient_connections, patient_cursors
 from moai_flow.memory.types import is_unicode
 
@@ -146,6 +146,26 @@ def log_bytes(location: Location) -> int | None:
         raise StorageError(f"{location}: {error}") from error
 
 
+def check_file_of_log(location: Location) -> None:
+    """Refuse a file that was emptied or removed while its log is there: SQLite would delete that, unread.
+
+    Raises:
+        StorageError: If it was.
+    """
+    if location.path is None:
+        return
+    path = Path(os.path.realpath(location.path))
+    # In this order: SQLite gives a new file its first page before it makes a log, and never takes that page away again.
+    found = size_of(path.with_name(f"{path.name}-wal"))
+    if not found or size_of(path):
+        return
+    raise StorageError(
+        f"{location}: the file was emptied or removed, but its log is there: {path.name}-wal has {found:,} bytes, "
+        "which may be rows that are nowhere else, and to open the file would delete it. Restore a backup, which keeps "
+        "the log; copy the log elsewhere and read it, as the guide Reliability says; or move it away to begin anew"
+    )
+
+
 def _from_path(db_path: str | os.PathLike[str], field: str) -> Location:
     if str(db_path) == ":memory:":
         return _in_memory()
@@ -237,12 +257,14 @@ def create(location: Location, settings: Settings = _USUAL) -> Engine:
     """Return an engine for *location*, whose folder is made if it is missing.
 
     Raises:
-        StorageError: If the folder can't be made, or PostgreSQL's driver is not installed.
+        StorageError: If the folder can't be made, the file was emptied or removed beside its log, or PostgreSQL's
+            driver is not installed.
     """
     return _for_server(location, settings) if location.is_on_server else _for_file(location, settings)
 
 
 def _for_file(location: Location, settings: Settings) -> Engine:
+    check_file_of_log(location)
     if location.path is not None and "uri" not in location.url.query:
         try:
             make_folder(location.path.parent)

@@ -83,6 +83,14 @@ def mode_of(path: Path) -> int:
     return path.stat().st_mode & 0o777
 
 
+def size_of(path: Path) -> int:
+    """Return how many bytes a file has: none, where there is none that can be looked at."""
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0
+
+
 class OpenedFile:
     """The file that connections have open, as long as it is found where it was.
 

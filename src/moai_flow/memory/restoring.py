@@ -19,7 +19,7 @@ from uuid import uuid4
 from moai_flow.memory import inputs
 from moai_flow.memory.backends import translated
 from moai_flow.memory.connections import copy_to, is_open_here
-from moai_flow.memory.engine import Location, locate, path_of_file
+from moai_flow.memory.engine import Location, check_file_of_log, locate, path_of_file
 from moai_flow.memory.errors import BusyError, InvalidInputError, SchemaError, StorageError, SwarmDBError
 from moai_flow.memory.files import flush_folder, make_file, make_folder, mode_of
 from moai_flow.memory.migrations import check_openable
@@ -127,6 +127,8 @@ def _copy(source: Path, unfinished: Path, patience: float) -> str | None:
         BusyError: If it stays locked.
         StorageError: If it is damaged.
     """
+    location = Location(locate(source, None).url, source)
+    check_file_of_log(location)
     make_file(unfinished)
     try:
         with (
@@ -139,7 +141,7 @@ def _copy(source: Path, unfinished: Path, patience: float) -> str | None:
             complaints = [row[0] for row in copy.execute("PRAGMA integrity_check(10)") if row[0] != "ok"]
             if complaints:
                 raise StorageError(f"{source}: the backup is damaged: {'; '.join(complaints)}")
-            version, is_ours = check_openable(copy, Location(locate(source, None).url, source))
+            version, is_ours = check_openable(copy, location)
     except SwarmDBError:
         raise
     except (sqlite3.Error, UnicodeDecodeError) as error:

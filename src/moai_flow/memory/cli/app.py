@@ -39,7 +39,7 @@ from moai_flow.memory.cli import top as screen
 from moai_flow.memory.cli.demo import report, watch
 from moai_flow.memory.cli.failures import in_one_line
 from moai_flow.memory.cli.swarm import Plan, files_of
-from moai_flow.memory.engine import Location, Settings, create, locate, log_bytes
+from moai_flow.memory.engine import Location, Settings, check_file_of_log, create, locate, log_bytes
 from moai_flow.memory.enums import Vocabulary
 from moai_flow.memory.migrations import VERSION, found_version, server_ddl
 from moai_flow.memory.models import TABLES
@@ -119,6 +119,7 @@ def _opened(db: str | None, *, create_missing: bool = False) -> Iterator[SwarmDB
 
 
 def _check_exists(location: Location) -> None:
+    check_file_of_log(location)
     if location.path is not None and not location.path.exists():
         raise StorageError(f"no database at {location}")
     # Opening a database of another program would add our tables to it.
