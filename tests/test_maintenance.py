@@ -177,6 +177,23 @@ def test_a_backup_into_a_folder_or_the_database_itself_is_refused(file_db: Swarm
         file_db.backup(tmp_path / "link.db", overwrite=True)
 
 
+@pytest.mark.parametrize("ending", ["-wal", "-shm", "-journal"])
+def test_a_backup_into_what_belongs_to_the_database_is_refused(ending: str, file_db: SwarmDB, tmp_path: Path) -> None:
+    file_db.register_agent("a", "t")
+    (tmp_path / "link").symlink_to(tmp_path, target_is_directory=True)
+    (tmp_path / "link.db").symlink_to(f"{file_db.db_path}{ending}")
+    inode = Path(f"{file_db.db_path}-wal").stat().st_ino
+    for target in (f"swarm.db{ending}", f"link/swarm.db{ending}", "link.db"):
+        with pytest.raises(InvalidInputError, match="not the database itself"):
+            file_db.backup(tmp_path / target, overwrite=True)
+    assert Path(f"{file_db.db_path}-wal").stat().st_ino == inode
+
+    with SwarmDB(tmp_path / f"other{ending}") as oddly_named:  # The backup would take it for what was left beside it.
+        with pytest.raises(InvalidInputError, match="not the database itself"):
+            oddly_named.backup(tmp_path / "other", overwrite=True)
+        assert oddly_named.check().ok
+
+
 def test_a_backup_takes_the_place_of_a_database_that_died(file_db: SwarmDB, tmp_path: Path) -> None:
     program = (
         "import os, sys; from moai_flow.memory import SwarmDB; db = SwarmDB(sys.argv[1]); "

@@ -521,6 +521,19 @@ def test_a_database_is_no_backup_of_itself(swarmdb: Command, saved: Path, path: 
     assert agents(path) == ["after", "before"]
 
 
+@pytest.mark.parametrize("ending", ["-wal", "-shm", "-journal"])
+def test_what_belongs_to_the_backup_or_the_database_is_not_the_other_one(ending: str, saved: Path, path: Path) -> None:
+    oddly_named = path.with_name(f"swarm.db{ending}")
+    shutil.copy(saved, oddly_named)
+    whole = oddly_named.read_bytes()
+    for source, target in ((oddly_named, path), (saved, saved.with_name(f"saved.db{ending}"))):
+        with pytest.raises(InvalidInputError, match="another file than the backup"):
+            restore_backup(source, target, overwrite=True)
+
+    assert oddly_named.read_bytes() == whole
+    assert files(path.parent) == sorted(["saved.db", "swarm.db", oddly_named.name])
+
+
 def test_a_link_to_the_database_stays_one(saved: Path, path: Path, tmp_path: Path) -> None:
     link = tmp_path / "link.db"
     link.symlink_to(path)

@@ -20,7 +20,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from moai_flow.memory.backends import Backend, SQLite, backend_of, translated
 from moai_flow.memory.engine import LOG_LIMIT_MIB, Location, check_file_of_log, log_bytes
 from moai_flow.memory.errors import BusyError, ClosedError, StorageError
-from moai_flow.memory.files import OpenedFile, make_file, put_in_place
+from moai_flow.memory.files import OpenedFile, companions, make_file, put_in_place
 from moai_flow.memory.patience import PatientConnection, interruption
 
 
@@ -423,8 +423,8 @@ def copy_to(raw: sqlite3.Connection, target: Path, mode: int, *, overwrite: bool
         with closing(sqlite3.connect(unfinished)) as copy:
             raw.backup(copy, progress=give_up)
         if overwrite or not target.exists():
-            for leftover in ("-wal", "-shm", "-journal"):  # Another database's: SQLite would play them into this one.
-                target.with_name(target.name + leftover).unlink(missing_ok=True)
+            for leftover in companions(target):  # Another database's: SQLite would play them into this one.
+                leftover.unlink(missing_ok=True)
         put_in_place(unfinished, target, overwrite=overwrite)
     finally:
         with suppress(OSError):

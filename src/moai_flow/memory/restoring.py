@@ -21,7 +21,7 @@ from moai_flow.memory.backends import translated
 from moai_flow.memory.connections import copy_to, is_open_here
 from moai_flow.memory.engine import Location, check_file_of_log, locate, path_of_file
 from moai_flow.memory.errors import BusyError, InvalidInputError, SchemaError, StorageError, SwarmDBError
-from moai_flow.memory.files import flush_folder, make_file, make_folder, mode_of
+from moai_flow.memory.files import belong_together, companions, flush_folder, make_file, make_folder, mode_of
 from moai_flow.memory.migrations import check_openable
 
 _LOG, _INDEX, _JOURNAL = "-wal", "-shm", "-journal"
@@ -86,11 +86,10 @@ def restore_backup(
     target = path_of_file(db_path, field="db_path").resolve()
     if not source.is_file():
         raise InvalidInputError("backup", str(backup), "a file that exists")
-    if target.exists():
-        if target.samefile(source):
-            raise InvalidInputError("db_path", str(db_path), "another file than the backup")
-        if not overwrite:
-            raise InvalidInputError("db_path", str(db_path), "a file that does not exist yet, or overwrite=True")
+    if belong_together(target, source):
+        raise InvalidInputError("db_path", str(db_path), "another file than the backup")
+    if target.exists() and not overwrite:
+        raise InvalidInputError("db_path", str(db_path), "a file that does not exist yet, or overwrite=True")
     unfinished = target.with_name(f"{target.name}.{uuid4().hex}.tmp")
     try:
         make_folder(target.parent)
@@ -106,9 +105,9 @@ def restore_backup(
     except OSError as error:
         raise StorageError(f"{target}: the backup can't be put there: {error}") from error
     finally:
-        for leftover in ("", _LOG, _INDEX, _JOURNAL):
+        for leftover in (unfinished, *companions(unfinished)):
             with suppress(OSError):
-                _beside(unfinished, leftover).unlink()
+                leftover.unlink()
     return RestoreReport(target, target.stat().st_size, version, kept)
 
 

@@ -41,6 +41,7 @@ from moai_flow.memory.cli.failures import in_one_line
 from moai_flow.memory.cli.swarm import Plan, files_of
 from moai_flow.memory.engine import Location, Settings, check_file_of_log, create, locate, log_bytes
 from moai_flow.memory.enums import Vocabulary
+from moai_flow.memory.files import belong_together
 from moai_flow.memory.migrations import VERSION, found_version, server_ddl
 from moai_flow.memory.models import TABLES
 from moai_flow.memory.restoring import restore_backup
@@ -563,7 +564,7 @@ def backup(
     """Copy a database into a file, while others go on reading and writing."""
     with _opened(db) as store:
         own = _locate(db).path
-        if not overwrite and own is not None and Path(path).is_file() and not own.samefile(path):
+        if not overwrite and own is not None and Path(path).is_file() and not belong_together(own, Path(path)):
             raise StorageError(f"{path} exists; --overwrite replaces it")
         target = store.backup(path, overwrite=overwrite)
     if as_json:
