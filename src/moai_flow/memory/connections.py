@@ -11,14 +11,13 @@ from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote
 from uuid import uuid4
 
 from sqlalchemy import Connection, Engine
 from sqlalchemy.exc import SQLAlchemyError
 
 from moai_flow.memory.backends import Backend, SQLite, backend_of, translated
-from moai_flow.memory.engine import LOG_LIMIT_MIB, Location, check_file_of_log, log_bytes
+from moai_flow.memory.engine import LOG_LIMIT_MIB, Location, check_file_of_log, log_bytes, name_in_uri
 from moai_flow.memory.errors import BusyError, ClosedError, StorageError
 from moai_flow.memory.files import OpenedFile, companions, make_file, put_in_place
 from moai_flow.memory.patience import PatientConnection, interruption
@@ -280,10 +279,12 @@ class Connections:
     def has_open(self, path: Path) -> bool:
         """Whether one of them, idle or in use, is open to this file."""
         database = self._engine.url.database or ""
+        name = name_in_uri(database) if database.startswith("file:") else database
         return (
             any(held.is_open for held in list(self._open))
             and self._engine.dialect.name == "sqlite"
-            and Path(unquote(database.removeprefix("file:"))).resolve() == path
+            and name is not None
+            and Path(name).resolve() == path
         )
 
     def close(self) -> None:

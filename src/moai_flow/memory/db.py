@@ -77,7 +77,8 @@ class SwarmDB(Tracking, MemoryOperations, SummaryOperations, RetentionOperations
         Args:
             db_path: Its file, or ``":memory:"`` for one that lives as long as this object. Default: the environment's
                 ``SWARMDB_URL`` or ``MOAI_DB_PATH``, else ``.moai/memory/swarm.db`` under the current directory.
-            url: An SQLAlchemy URL instead, such as ``sqlite:///swarm.db`` or ``postgresql://user@host/database``.
+            url: An SQLAlchemy URL instead, such as ``sqlite:///swarm.db`` or ``postgresql://user@host/database``. Of
+                SQLite's own parameters it may have ``mode`` and ``immutable``: ``sqlite:///file:swarm.db?mode=ro``.
             engine: An SQLAlchemy engine instead. It keeps its own settings, gets no listeners, and is not disposed.
             durability: What an acknowledged write survives: ``"normal"`` a crash of the program, ``"full"`` a power
                 loss as well, for the price of a disk flush at each commit. With ``"normal"``, a power loss may take
