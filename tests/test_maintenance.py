@@ -257,6 +257,28 @@ def test_a_backup_that_cannot_be_written_leaves_nothing(file_db: SwarmDB, tmp_pa
     assert sorted(path.name for path in tmp_path.iterdir() if not path.name.startswith("swarm")) == ["file"]
 
 
+NO_ROOM = """
+import resource, signal, sys
+from moai_flow.memory import StorageError, SwarmDB
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+with SwarmDB(sys.argv[1]) as db:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+    try:
+        db.backup(sys.argv[2])
+    except StorageError as error:
+        print(error)
+"""
+
+
+def test_a_backup_for_which_there_is_no_room_leaves_nothing(path: Path, tmp_path: Path) -> None:
+    with SwarmDB(path) as db:
+        db.store_memory("s", "semantic", "k", "x" * 2_000_000)
+    program = [sys.executable, "-c", NO_ROOM, str(path), str(tmp_path / "copy.db")]
+
+    assert "the backup can't be written" in subprocess.run(program, check=True, capture_output=True, text=True).stdout
+    assert [file.name for file in tmp_path.iterdir()] == ["swarm.db"]
+
+
 def test_a_version_that_is_gone_is_a_schema_error(db: SwarmDB) -> None:
     run(db, "DELETE FROM schema_info")
     with pytest.raises(SchemaError, match="does not say its schema version"):

@@ -463,6 +463,8 @@ else:
     os.chmod(place, 0o444 if place is path else 0o555)
     try:
         db = SwarmDB(path)
+        if place is path:
+            print("copied", oct(db.backup(path.with_name("copy.db")).stat().st_mode & 0o777), end=" ")
         db.register_agent("b", "t")
     except StorageError as error:
         print("refused:", error)
@@ -493,7 +495,7 @@ with SwarmDB(path) as db:
     [
         ("file", "written written written 4 True"),
         ("folder", "written written written 4 True"),
-        ("read-only file", "refused"),
+        ("read-only file", "copied 0o444 refused"),
         ("read-only folder", "refused"),
     ],
 )

@@ -19,7 +19,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from moai_flow.memory.backends import Backend, SQLite, backend_of, translated
 from moai_flow.memory.engine import LOG_LIMIT_MIB, Location, check_file_of_log, log_bytes, name_in_uri
 from moai_flow.memory.errors import BusyError, ClosedError, StorageError
-from moai_flow.memory.files import OpenedFile, companions, make_file, put_in_place
+from moai_flow.memory.files import PRIVATE, OpenedFile, companions, make_file, put_in_place
 from moai_flow.memory.patience import PatientConnection, interruption
 
 
@@ -420,16 +420,19 @@ def copy_to(raw: sqlite3.Connection, target: Path, mode: int, *, overwrite: bool
             raise BusyError(f"{target}: a writer kept the database from being copied for longer than the busy timeout")
 
     try:
-        make_file(unfinished, mode)
+        make_file(unfinished, mode | PRIVATE)
         with closing(sqlite3.connect(unfinished)) as copy:
             raw.backup(copy, progress=give_up)
+        if mode | PRIVATE != mode:
+            unfinished.chmod(mode)  # Only now: SQLite opens the file anew for each copy.
         if overwrite or not target.exists():
             for leftover in companions(target):  # Another database's: SQLite would play them into this one.
                 leftover.unlink(missing_ok=True)
         put_in_place(unfinished, target, overwrite=overwrite)
     finally:
-        with suppress(OSError):
-            unfinished.unlink()
+        for leftover in (unfinished, *companions(unfinished)):
+            with suppress(OSError):
+                leftover.unlink()
 
 
 def is_interrupted() -> bool:

@@ -93,7 +93,7 @@ def restore_backup(
     unfinished = target.with_name(f"{target.name}.{uuid4().hex}.tmp")
     try:
         make_folder(target.parent)
-        version = _copy(source, unfinished, busy_timeout)
+        version = _copy(source, unfinished, target, busy_timeout)
         if is_open_here(target):
             raise _in_use(target)
         with closing(sqlite3.connect(unfinished)) as copy:
@@ -118,13 +118,13 @@ def _beside(path: Path, ending: str) -> Path:
 # The copy
 
 
-def _copy(source: Path, unfinished: Path, patience: float) -> str | None:
+def _copy(source: Path, unfinished: Path, target: Path, patience: float) -> str | None:
     """Copy a backup, check the copy, and return the version of its schema.
 
     Raises:
         SchemaError: If it is none of a SwarmDB, or of a newer version.
         BusyError: If it stays locked.
-        StorageError: If it is damaged.
+        StorageError: If it is damaged, or there is no room for the copy beside *target*.
     """
     location = Location(locate(source, None).url, source)
     check_file_of_log(location)
@@ -144,10 +144,24 @@ def _copy(source: Path, unfinished: Path, patience: float) -> str | None:
     except SwarmDBError:
         raise
     except (sqlite3.Error, UnicodeDecodeError) as error:
-        raise translated(error, f"{source}: the backup can't be read") from error
+        what = (
+            f"{target}: the backup can't be put there"
+            if _is_of_writing(error)
+            else f"{source}: the backup can't be read"
+        )
+        raise translated(error, what) from error
     if not is_ours:
         raise SchemaError(f"{source}: it has none of SwarmDB's tables, so it is no backup of one")
     return version
+
+
+def _is_of_writing(error: Exception) -> bool:
+    """Whether a copy failed where it was written, rather than where it was read."""
+    code = getattr(error, "sqlite_errorcode", 0)
+    return code & 0xFF in (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR) and code not in (
+        sqlite3.SQLITE_IOERR_READ,
+        sqlite3.SQLITE_IOERR_SHORT_READ,
+    )
 
 
 def _copy_all(original: sqlite3.Connection, copy: sqlite3.Connection, source: Path, patience: float) -> None:
@@ -215,12 +229,19 @@ def _replace(copy: sqlite3.Connection, target: Path, *, keep: bool, patience: fl
         BusyError: If somebody has it open, and does not close it.
     """
     kept = None
-    with closing(sqlite3.connect(target, timeout=0, isolation_level=None)) as raw:
-        _lock(raw, target, patience)
-        if keep and raw.execute("SELECT count(*) FROM sqlite_master").fetchone() != (0,):
-            kept = _name_aside(target)
-            copy_to(raw, kept, mode_of(target))
-        copy.backup(raw)
+    try:
+        with closing(sqlite3.connect(target, timeout=0, isolation_level=None)) as raw:
+            _lock(raw, target, patience)
+            if keep and raw.execute("SELECT count(*) FROM sqlite_master").fetchone() != (0,):
+                aside = _name_aside(target)
+                copy_to(raw, aside, mode_of(target))
+                kept = aside
+            copy.backup(raw)
+    except sqlite3.Error:
+        # Where no journal is left, the file is as it was, and the next attempt needs the room.
+        if kept is not None and not _beside(target, _JOURNAL).exists():
+            kept.unlink()
+        raise
     return kept
 
 
@@ -262,10 +283,14 @@ def _move_aside(target: Path, *, keep: bool) -> Path | None:
         _locked_by_bytes(_beside(target, _INDEX), _INDEX_BYTES, target, opened)
         if keep and file is not None and not _is_empty(target):
             make_file(aside, mode_of(target))
-            with aside.open("r+b") as kept:
-                shutil.copyfileobj(file, kept)
-                kept.flush()
-                os.fsync(kept.fileno())
+            try:
+                with aside.open("r+b") as kept:
+                    shutil.copyfileobj(file, kept)
+                    kept.flush()
+                    os.fsync(kept.fileno())
+            except OSError:
+                aside.unlink()
+                raise
         for ending in (_LOG, _JOURNAL):
             path = _beside(target, ending)
             if keep and path.exists():
