@@ -177,6 +177,23 @@ def test_a_backup_into_a_folder_or_the_database_itself_is_refused(file_db: Swarm
         file_db.backup(tmp_path / "link.db", overwrite=True)
 
 
+@pytest.mark.parametrize("ending", ["-wal", "-shm", "-journal"])
+def test_a_backup_into_what_belongs_to_the_database_is_refused(ending: str, file_db: SwarmDB, tmp_path: Path) -> None:
+    file_db.register_agent("a", "t")
+    (tmp_path / "link").symlink_to(tmp_path, target_is_directory=True)
+    (tmp_path / "link.db").symlink_to(f"{file_db.db_path}{ending}")
+    inode = Path(f"{file_db.db_path}-wal").stat().st_ino
+    for target in (f"swarm.db{ending}", f"link/swarm.db{ending}", "link.db"):
+        with pytest.raises(InvalidInputError, match="not the database itself"):
+            file_db.backup(tmp_path / target, overwrite=True)
+    assert Path(f"{file_db.db_path}-wal").stat().st_ino == inode
+
+    with SwarmDB(tmp_path / f"other{ending}") as oddly_named:  # The backup would take it for what was left beside it.
+        with pytest.raises(InvalidInputError, match="not the database itself"):
+            oddly_named.backup(tmp_path / "other", overwrite=True)
+        assert oddly_named.check().ok
+
+
 def test_a_backup_takes_the_place_of_a_database_that_died(file_db: SwarmDB, tmp_path: Path) -> None:
     program = (
         "import os, sys; from moai_flow.memory import SwarmDB; db = SwarmDB(sys.argv[1]); "
@@ -238,6 +255,28 @@ def test_a_backup_that_cannot_be_written_leaves_nothing(file_db: SwarmDB, tmp_pa
 
     file_db.register_agent("a", "t")
     assert sorted(path.name for path in tmp_path.iterdir() if not path.name.startswith("swarm")) == ["file"]
+
+
+NO_ROOM = """
+import resource, signal, sys
+from moai_flow.memory import StorageError, SwarmDB
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+with SwarmDB(sys.argv[1]) as db:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+    try:
+        db.backup(sys.argv[2])
+    except StorageError as error:
+        print(error)
+"""
+
+
+def test_a_backup_for_which_there_is_no_room_leaves_nothing(path: Path, tmp_path: Path) -> None:
+    with SwarmDB(path) as db:
+        db.store_memory("s", "semantic", "k", "x" * 2_000_000)
+    program = [sys.executable, "-c", NO_ROOM, str(path), str(tmp_path / "copy.db")]
+
+    assert "the backup can't be written" in subprocess.run(program, check=True, capture_output=True, text=True).stdout
+    assert [file.name for file in tmp_path.iterdir()] == ["swarm.db"]
 
 
 def test_a_version_that_is_gone_is_a_schema_error(db: SwarmDB) -> None:

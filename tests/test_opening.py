@@ -4,17 +4,20 @@ import os
 import resource
 import shutil
 import sqlite3
+import stat
 import subprocess
 import sys
 import threading
 import warnings
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import pytest
-from sqlalchemy import Engine, create_engine, event, make_url
+from sqlalchemy import URL, Engine, NullPool, create_engine, event, make_url
 from sqlalchemy.pool import Pool, QueuePool, SingletonThreadPool, StaticPool
 
 from moai_flow.memory import (
@@ -25,6 +28,7 @@ from moai_flow.memory import (
     SwarmDB,
     TransactionError,
 )
+from moai_flow.memory.connections import is_open_here
 
 EVENT = {"event_type": "spawn", "agent_id": "a", "agent_type": "t"}
 
@@ -72,6 +76,7 @@ def test_urls_reach_files_and_memory(tmp_path: Path) -> None:
         make_url(f"sqlite:///{tmp_path}/x.db"),
         f"sqlite:///file:{tmp_path}/x.db?mode=rwc&uri=true",
         f"sqlite:///file://{tmp_path}/x.db?mode=rwc",
+        f"sqlite:///file://localhost{tmp_path}/x.db?uri=1",
     ):
         with SwarmDB(url=url) as db:
             db.register_agent("a", "t")
@@ -90,6 +95,45 @@ def test_a_uri_may_have_letters_in_percent(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["a b.db"]
 
 
+def test_a_uri_leads_to_one_file_wherever_the_program_goes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    # In a URL as text, SQLAlchemy takes one layer of percent signs off, and SQLite another.
+    with SwarmDB(url="sqlite:///file:x%2523%253Fy%2525.db?uri=true") as db:
+        assert db.db_path == tmp_path / "x#?y%.db"
+        monkeypatch.chdir(elsewhere)
+        with db.session(readonly=True), ThreadPoolExecutor(1) as pool:  # The other thread opens a connection.
+            pool.submit(db.register_agent, "a", "t").result()
+        assert [agent.agent_id for agent in db.list_agents()] == ["a"]
+        assert stat.S_IMODE(db.db_path.stat().st_mode) == 0o600
+    assert list(elsewhere.iterdir()) == []
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["elsewhere", "x#?y%.db"]
+
+
+def test_a_file_that_never_changes_is_read_and_not_made(path: Path) -> None:
+    url = f"sqlite:///file:{path}?immutable=1"
+    with pytest.raises(StorageError):
+        SwarmDB(url=url)
+    assert not path.exists()
+    with SwarmDB(path) as db:
+        db.register_agent("a", "t")
+    with SwarmDB(url=url) as db:
+        assert db.get_agent("a") is not None
+        with pytest.raises(StorageError, match="readonly"):
+            db.register_agent("b", "t")
+
+
+@pytest.mark.parametrize("name", ["fa%20ct.db", "file:x.db", "a#b.db"])
+def test_a_file_that_is_open_is_known_by_its_path_and_by_a_uri(name: str, tmp_path: Path) -> None:
+    path = tmp_path / name
+    uri = URL.create("sqlite", database=f"file:{quote(str(path))}", query={"uri": "true"})
+    for place in ({"db_path": path}, {"url": uri}, {"engine": create_engine(uri, poolclass=NullPool)}):
+        with SwarmDB(**place) as db, db.transaction():
+            assert is_open_here(path)
+        assert not is_open_here(path)
+
+
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
@@ -105,6 +149,18 @@ def test_a_uri_may_have_letters_in_percent(tmp_path: Path) -> None:
         ({"url": "sqlite+aiosqlite:///x.db"}, "url"),
         ({"url": "sqlite:///file:x?mode=memory&uri=true"}, "url"),
         ({"url": "sqlite:///file:/x?vfs=memdb&uri=true"}, "url"),
+        ({"url": "sqlite:///file::memory:?uri=true"}, "url: .*'sqlite://' for one in memory"),
+        ({"url": "sqlite:///file:?uri=true"}, "url: .*and a path"),
+        ({"url": "sqlite:///file:%00?uri=true"}, "url"),
+        ({"url": "sqlite:///file:x#y.db?uri=true"}, "url: .*a path without '.' and '#'"),
+        ({"url": URL.create("sqlite", database="file:x?mode=ro")}, "url: .*a path without"),
+        ({"url": "sqlite:///file://elsewhere/x.db?uri=true"}, "url: .*and a path"),
+        ({"url": "sqlite:///file://localhost?uri=true"}, "url: .*and a path"),
+        ({"url": "sqlite:///file:x?cache=shared&uri=true"}, "url: .*no parameters but mode=ro, rw or rwc, immutable"),
+        ({"url": "sqlite:///file:x?nolock=1"}, "url: .*no parameters but"),
+        ({"url": "sqlite:///file:x?timeout=5"}, "url: .*no parameters but"),
+        ({"url": "sqlite:///file:x?mode=ro&mode=rw"}, "url: .*no parameters but"),
+        ({"url": "sqlite:///file:x?uri=false"}, "url: .*no parameters but"),
         ({"db_path": "x.db", "url": "sqlite://"}, "url: got 'sqlite://', expected nothing, since db_path says"),
         ({"db_path": "x.db", "durability": "some"}, "durability: got 'some', expected one of 'normal', 'full'"),
         ({"db_path": "x.db", "busy_timeout": -1}, "busy_timeout"),
@@ -525,6 +581,16 @@ def test_a_fork_closes_what_is_in_a_callers_pool_and_each_side_opens_its_own(pat
 def test_engines_of_other_databases_are_refused() -> None:
     with pytest.raises(InvalidInputError, match=r"engine.*for SQLite, or for PostgreSQL"):
         SwarmDB(engine=create_engine("postgresql+pg8000://localhost/x", module=sqlite3))
+
+
+def test_what_the_driver_takes_of_a_url_is_the_engines_own_affair(path: Path) -> None:
+    for url in (f"sqlite:///{path}?timeout=5", f"sqlite:///file:{path}?timeout=5&uri=true"):
+        engine = create_engine(url, poolclass=NullPool)
+        with SwarmDB(engine=engine) as db:
+            assert db._get_connection().execute("PRAGMA busy_timeout").fetchone()[0] == 5000
+            assert db.db_path == path
+    with pytest.raises(InvalidInputError, match="no parameters but"):
+        SwarmDB(engine=create_engine(f"sqlite:///file:{path}?cache=shared&uri=true", poolclass=NullPool))
 
 
 def test_the_same_file_by_two_objects_is_one_database(path: Path) -> None:

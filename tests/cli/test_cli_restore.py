@@ -23,7 +23,7 @@ import pytest
 from cli.running import Command, execute
 from moai_flow.memory import BusyError, EventData, InvalidInputError, SchemaError, StorageError, SwarmDB
 from moai_flow.memory.cli import app
-from moai_flow.memory.restoring import _copy_all, restore_backup
+from moai_flow.memory.restoring import _copy_all, _replace, restore_backup
 
 SPAWN = multiprocessing.get_context("spawn")
 DEAD = """
@@ -521,6 +521,19 @@ def test_a_database_is_no_backup_of_itself(swarmdb: Command, saved: Path, path: 
     assert agents(path) == ["after", "before"]
 
 
+@pytest.mark.parametrize("ending", ["-wal", "-shm", "-journal"])
+def test_what_belongs_to_the_backup_or_the_database_is_not_the_other_one(ending: str, saved: Path, path: Path) -> None:
+    oddly_named = path.with_name(f"swarm.db{ending}")
+    shutil.copy(saved, oddly_named)
+    whole = oddly_named.read_bytes()
+    for source, target in ((oddly_named, path), (saved, saved.with_name(f"saved.db{ending}"))):
+        with pytest.raises(InvalidInputError, match="another file than the backup"):
+            restore_backup(source, target, overwrite=True)
+
+    assert oddly_named.read_bytes() == whole
+    assert files(path.parent) == sorted(["saved.db", "swarm.db", oddly_named.name])
+
+
 def test_a_link_to_the_database_stays_one(saved: Path, path: Path, tmp_path: Path) -> None:
     link = tmp_path / "link.db"
     link.symlink_to(path)
@@ -624,30 +637,86 @@ def test_a_servers_database_is_not_restored_from_a_file(swarmdb: Command, saved:
 
 NO_ROOM = """
 import resource, signal, sys
-from moai_flow.memory import StorageError
-from moai_flow.memory.restoring import restore_backup
+from moai_flow.memory import StorageError, restoring
+
+def limit():
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))
+
+def keep_and_limit(*arguments, **options):
+    keep(*arguments, **options)
+    limit()
 
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))
+when, saved, path = sys.argv[1:]
+keep = restoring.copy_to
+if when == "at once":
+    limit()
+else:
+    restoring.copy_to = keep_and_limit
 try:
-    restore_backup(*sys.argv[1:], overwrite=True)
+    restoring.restore_backup(saved, path, overwrite=True)
 except StorageError as error:
     print(error)
 """
+
+
+def restored_without_room(saved: Path, path: Path, *, when: str = "at once") -> str:
+    """What a restore says where a file may have a megabyte: *at once*, or once the old database is kept."""
+    program = [sys.executable, "-c", NO_ROOM, when, str(saved), str(path)]
+    return subprocess.run(program, check=True, capture_output=True, text=True).stdout
+
+
+@pytest.mark.parametrize("when", ["at once", "once it is kept"])
+def test_where_there_is_no_room_for_the_backup_it_is_not_blamed_and_nothing_is_left(
+    when: str, saved: Path, path: Path, tmp_path: Path
+) -> None:
+    with SwarmDB(saved) as db:
+        db.store_memory("s", "semantic", "k", "x" * 2_000_000)
+    before = files(tmp_path)
+    said = restored_without_room(saved, path, when=when)
+
+    assert said.startswith(f"{path}: ")
+    assert ("the backup can't be put there" in said) == (when == "at once")
+    assert files(tmp_path) == before
+    assert agents(path) == ["after", "before"]
+
+
+def test_where_there_is_no_room_to_keep_a_destroyed_database_nothing_is_left(
+    saved: Path, path: Path, tmp_path: Path
+) -> None:
+    path.write_bytes(b"rubbish" * 300_000)
+    before = files(tmp_path)
+
+    assert f"{path}: the backup can't be put there: " in restored_without_room(saved, path)
+    assert files(tmp_path) == before
+    assert path.read_bytes() == b"rubbish" * 300_000
 
 
 def test_where_there_is_no_room_to_keep_a_database_it_stays_as_it_is(saved: Path, path: Path, tmp_path: Path) -> None:
     with SwarmDB(path) as db:
         db.store_memory("s", "semantic", "k", "x" * 2_000_000)
     before = files(tmp_path)
-    program = [sys.executable, "-c", NO_ROOM, str(saved), str(path)]
-    ran = subprocess.run(program, check=True, capture_output=True, text=True)
 
-    assert str(path) in ran.stdout
+    assert restored_without_room(saved, path).startswith(f"{path}: ")
     assert files(tmp_path) == before
     assert agents(path) == ["after", "before"]
     with SwarmDB(path) as db:
         assert len(db.get_memory("s", "semantic", "k")) == 2_000_000
+
+
+def test_what_was_kept_stays_where_a_journal_says_that_the_file_is_not_as_it_was(saved: Path, path: Path) -> None:
+    class Interrupted:
+        """A backup whose transaction can be undone no more, as the disk is gone."""
+
+        def backup(self, raw: sqlite3.Connection) -> None:
+            if leaves_journal:
+                path.with_name("swarm.db-journal").write_bytes(b"the old pages")
+            raise sqlite3.OperationalError("disk I/O error")
+
+    for leaves_journal in (False, True):
+        with pytest.raises(sqlite3.OperationalError):
+            _replace(Interrupted(), path, keep=True, patience=0)  # type: ignore[arg-type]
+        assert len(list(path.parent.glob("swarm.db.*.bak"))) == leaves_journal
 
 
 @pytest.mark.parametrize("patience", [float("nan"), "soon", None])

@@ -5,8 +5,10 @@ MOAI_TEST_EXAMPLES is how thorough the long ones are: 100 by default; 10000 take
 
 import gc
 import inspect
+import multiprocessing
 import os
 import random
+import shutil
 import sqlite3
 import subprocess
 import sys
@@ -16,14 +18,19 @@ from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
 from datetime import UTC, datetime
 from itertools import islice
+from multiprocessing.synchronize import Event
 from pathlib import Path
 from typing import Any
 
 import pytest
+from sqlalchemy import NullPool, create_engine
 from sqlalchemy.exc import SQLAlchemyError
 
 from conftest import Clock, url_of
 from moai_flow.memory import AgentMetric, AgentMetricType, BusyError, StorageError, SwarmDB, SwarmDBError, files
+from moai_flow.memory.engine import locate
+from moai_flow.memory.migrations import found_version
+from moai_flow.memory.restoring import restore_backup
 from reliability.calls import CALLS, EVENT, IN_STEPS, SILENT, WAITS, content, prepare
 from reliability.injecting import Injector, injecting
 
@@ -506,6 +513,8 @@ else:
     os.chmod(place, 0o444 if place is path else 0o555)
     try:
         db = SwarmDB(path)
+        if place is path:
+            print("copied", oct(db.backup(path.with_name("copy.db")).stat().st_mode & 0o777), end=" ")
         db.register_agent("b", "t")
     except StorageError as error:
         print("refused:", error)
@@ -536,7 +545,7 @@ with SwarmDB(path) as db:
     [
         ("file", "written written written 4 True"),
         ("folder", "written written written 4 True"),
-        ("read-only file", "refused"),
+        ("read-only file", "copied 0o444 refused"),
         ("read-only folder", "refused"),
     ],
 )
@@ -561,6 +570,90 @@ def test_a_file_of_zero_bytes_becomes_a_database(path: Path) -> None:
     with SwarmDB(path) as db:
         db.register_agent("a", "t")
         assert db.check().ok
+
+
+DEAD_WITH_A_LOG = """
+import os, sys
+from moai_flow.memory import SwarmDB
+db = SwarmDB(sys.argv[1])
+db.insert_events([{"event_type": "spawn", "agent_id": "a", "agent_type": "t"}] * 500)
+os._exit(0)
+"""
+
+
+@pytest.fixture
+def log(path: Path) -> Path:
+    """The log of a database whose only program died, with 500 events in it."""
+    subprocess.run([sys.executable, "-c", DEAD_WITH_A_LOG, path], check=True)
+    return path.with_name("swarm.db-wal")
+
+
+@pytest.mark.parametrize("lost", ["emptied", "removed"])
+def test_a_log_whose_file_was_lost_is_not_deleted_and_can_be_read(lost: str, log: Path, path: Path) -> None:
+    os.truncate(path, 0) if lost == "emptied" else path.unlink()
+    whole, link = log.read_bytes(), path.with_name("link.db")
+    link.symlink_to(path)
+    engine = create_engine(f"sqlite:///{path}", poolclass=NullPool)
+    for call in (
+        lambda: SwarmDB(path),
+        lambda: SwarmDB(link),
+        lambda: SwarmDB(url=f"sqlite:///file:{path}?mode=ro"),
+        lambda: SwarmDB(engine=engine),
+        lambda: restore_backup(path, path.with_name("restored.db")) if path.exists() else SwarmDB(path),
+        lambda: found_version(locate(path, None)) or SwarmDB(path),
+    ):
+        with pytest.raises(StorageError, match=r"was emptied or removed, but its log is there: swarm\.db-wal has \d"):
+            call()
+        assert log.read_bytes() == whole
+        assert path.exists() == (lost == "emptied")
+
+    saved = path.with_name("saved.db")
+    shutil.copy(log, f"{saved}-wal")
+    saved.write_bytes(bytes(4096))  # As the guide Reliability says.
+    with SwarmDB(saved) as db:
+        assert len(db.get_events(limit=1000)) == 500
+        assert db.check().ok
+    log.unlink()
+    with SwarmDB(path) as db:
+        assert db.get_events() == []
+
+
+def test_a_log_whose_file_is_emptied_while_it_is_open_is_not_deleted(log: Path, path: Path) -> None:
+    """By a new connection, as another thread's is."""
+    with SwarmDB(path) as db:
+        assert len(db.get_events(limit=1000)) == 500
+        os.truncate(path, 0)
+        held = db._connections.take()
+        with pytest.raises(StorageError, match="emptied"):
+            db.list_agents()
+        db._connections.give(held)
+        assert log.stat().st_size > 0
+
+
+def test_a_log_of_nothing_hinders_nobody(path: Path) -> None:
+    path.with_name("swarm.db-wal").touch()
+    with SwarmDB(path) as db:
+        assert db.check().ok
+
+
+def open_one_after_the_other(folder: Path, start: Event) -> None:
+    start.wait()
+    for number in range(50):
+        with SwarmDB(folder / f"{number}.db") as db:
+            db.register_agent(str(os.getpid()), "t")
+
+
+def test_fresh_files_that_many_open_and_close_at_once_are_never_taken_for_lost(tmp_path: Path) -> None:
+    """A file is empty for a moment, and its log comes and goes."""
+    spawn = multiprocessing.get_context("spawn")
+    start = spawn.Event()
+    openers = [spawn.Process(target=open_one_after_the_other, args=(tmp_path, start)) for _ in range(4)]
+    for opener in openers:
+        opener.start()
+    start.set()
+    for opener in openers:
+        opener.join()
+    assert [opener.exitcode for opener in openers] == [0] * 4
 
 
 def test_a_file_that_is_locked_beyond_the_timeout_is_busy_and_then_usable(path: Path) -> None:

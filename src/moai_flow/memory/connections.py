@@ -11,16 +11,15 @@ from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
-from urllib.parse import unquote
 from uuid import uuid4
 
 from sqlalchemy import Connection, Engine
 from sqlalchemy.exc import SQLAlchemyError
 
 from moai_flow.memory.backends import Backend, SQLite, backend_of, translated
-from moai_flow.memory.engine import LOG_LIMIT_MIB, Location, log_bytes
+from moai_flow.memory.engine import LOG_LIMIT_MIB, Location, check_file_of_log, log_bytes
 from moai_flow.memory.errors import BusyError, ClosedError, StorageError
-from moai_flow.memory.files import OpenedFile, identity_of, make_file, put_in_place
+from moai_flow.memory.files import PRIVATE, OpenedFile, companions, identity_of, make_file, put_in_place
 from moai_flow.memory.patience import PatientConnection, interruption
 
 T = TypeVar("T")
@@ -294,11 +293,10 @@ class Connections:
 
     def has_open(self, path: Path) -> bool:
         """Whether one of them, idle or in use, is open to this file."""
-        database = self._engine.url.database or ""
         return (
-            any(held.is_open for held in _those_in(self._open))
-            and self._engine.dialect.name == "sqlite"
-            and Path(unquote(database.removeprefix("file:"))).resolve() == path
+            self._path is not None
+            and self._path.resolve() == path
+            and any(held.is_open for held in _those_in(self._open))
         )
 
     def close(self) -> None:
@@ -404,6 +402,8 @@ class Connections:
     def _connect(self) -> Held:
         if _left_to_parent and self._path is not None and identity_of(self._path) in _left_to_parent - {None}:
             raise StorageError(f"{self.where}: {_IN_USE_AT_FORK}")
+        if self._log_of is not None:
+            check_file_of_log(self._log_of)
         try:
             self._opening.add(threading.get_ident())
             held = Held(self._source.connect(), self._backend)
@@ -459,16 +459,19 @@ def copy_to(raw: sqlite3.Connection, target: Path, mode: int, *, overwrite: bool
             raise BusyError(f"{target}: a writer kept the database from being copied for longer than the busy timeout")
 
     try:
-        make_file(unfinished, mode)
+        make_file(unfinished, mode | PRIVATE)
         with closing(sqlite3.connect(unfinished)) as copy:
             raw.backup(copy, progress=give_up)
+        if mode | PRIVATE != mode:
+            unfinished.chmod(mode)  # Only now: SQLite opens the file anew for each copy.
         if overwrite or not target.exists():
-            for leftover in ("-wal", "-shm", "-journal"):  # Another database's: SQLite would play them into this one.
-                target.with_name(target.name + leftover).unlink(missing_ok=True)
+            for leftover in companions(target):  # Another database's: SQLite would play them into this one.
+                leftover.unlink(missing_ok=True)
         put_in_place(unfinished, target, overwrite=overwrite)
     finally:
-        with suppress(OSError):
-            unfinished.unlink()
+        for leftover in (unfinished, *companions(unfinished)):
+            with suppress(OSError):
+                leftover.unlink()
 
 
 def is_interrupted() -> bool:

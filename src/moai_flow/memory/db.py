@@ -13,7 +13,16 @@ from sqlalchemy.engine import URL
 from moai_flow.memory import inputs
 from moai_flow.memory.backends import translating
 from moai_flow.memory.connections import Connections, Limit
-from moai_flow.memory.engine import PAGE_CACHE_MIB, Durability, Settings, create, locate, locate_engine, shown_place
+from moai_flow.memory.engine import (
+    PAGE_CACHE_MIB,
+    Durability,
+    Settings,
+    check_file_of_log,
+    create,
+    locate,
+    locate_engine,
+    shown_place,
+)
 from moai_flow.memory.errors import InvalidInputError
 from moai_flow.memory.migrations import bring_up_to_date
 from moai_flow.memory.operations.maintenance import MaintenanceOperations
@@ -69,7 +78,8 @@ class SwarmDB(Tracking, MemoryOperations, SummaryOperations, RetentionOperations
         Args:
             db_path: Its file, or ``":memory:"`` for one that lives as long as this object. Default: the environment's
                 ``SWARMDB_URL`` or ``MOAI_DB_PATH``, else ``.moai/memory/swarm.db`` under the current directory.
-            url: An SQLAlchemy URL instead, such as ``sqlite:///swarm.db`` or ``postgresql://user@host/database``.
+            url: An SQLAlchemy URL instead, such as ``sqlite:///swarm.db`` or ``postgresql://user@host/database``. Of
+                SQLite's own parameters it may have ``mode`` and ``immutable``: ``sqlite:///file:swarm.db?mode=ro``.
             engine: An SQLAlchemy engine instead. It keeps its own settings, gets no listeners, and is not disposed;
                 but a fork closes its pool's idle connections to a file.
             durability: What an acknowledged write survives: ``"normal"`` a crash of the program, ``"full"`` a power
@@ -92,7 +102,8 @@ class SwarmDB(Tracking, MemoryOperations, SummaryOperations, RetentionOperations
             InvalidInputError: If a parameter can't be accepted, or more than one says where the database is.
             SchemaError: If the database is of a newer version, or has tables of these names that are not SwarmDB's.
             BusyError: If another program keeps the database locked for longer than *busy_timeout*.
-            StorageError: If the database can't be reached or opened, is none, or can't be brought up to date.
+            StorageError: If the database can't be reached or opened, is none, or can't be brought up to date; or if
+                its file was emptied or removed while its log is there, which SQLite would delete.
         """
         places = {"db_path": db_path, "url": url, "engine": engine}
         given = [name for name, place in places.items() if place is not None]
@@ -130,6 +141,7 @@ class SwarmDB(Tracking, MemoryOperations, SummaryOperations, RetentionOperations
                 own, where, kept=_KEPT, file=file, watched=True, anchored=anchored, limit=limit, log_of=log_of
             )
         else:
+            check_file_of_log(self._location)
             self._connections = Connections(engine, where, kept=_KEPT_OF_CALLER, file=self._location.path)
         # Runs at close(), when nobody uses the object any more, or when the interpreter ends, whichever comes first.
         self._finalizer = weakref.finalize(self, self._connections.close)

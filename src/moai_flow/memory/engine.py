@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from stat import S_ISDIR
 from typing import Any, Literal, TypeAlias
-from urllib.parse import unquote
+from urllib.parse import quote, unquote_to_bytes
 from uuid import uuid4
 
 from sqlalchemy import Engine, NullPool, SingletonThreadPool, StaticPool, create_engine, event, make_url
@@ -16,7 +16,7 @@ from sqlalchemy.engine import URL, ExceptionContext
 from sqlalchemy.exc import ArgumentError
 
 from moai_flow.memory.errors import InvalidInputError, StorageError
-from moai_flow.memory.files import make_file, make_folder
+from moai_flow.memory.files import make_file, make_folder, size_of
 from moai_flow.memory.patience import PORTION, Interrupts, patient_connections, patient_cursors
 from moai_flow.memory.types import is_unicode
 
@@ -146,6 +146,26 @@ def log_bytes(location: Location) -> int | None:
         raise StorageError(f"{location}: {error}") from error
 
 
+def check_file_of_log(location: Location) -> None:
+    """Refuse a file that was emptied or removed while its log is there: SQLite would delete that, unread.
+
+    Raises:
+        StorageError: If it was.
+    """
+    if location.path is None:
+        return
+    path = Path(os.path.realpath(location.path))
+    # In this order: SQLite gives a new file its first page before it makes a log, and never takes that page away again.
+    found = size_of(path.with_name(f"{path.name}-wal"))
+    if not found or size_of(path):
+        return
+    raise StorageError(
+        f"{location}: the file was emptied or removed, but its log is there: {path.name}-wal has {found:,} bytes, "
+        "which may be rows that are nowhere else, and to open the file would delete it. Restore a backup, which keeps "
+        "the log; copy the log elsewhere and read it, as the guide Reliability says; or move it away to begin anew"
+    )
+
+
 def _from_path(db_path: str | os.PathLike[str], field: str) -> Location:
     if str(db_path) == ":memory:":
         return _in_memory()
@@ -173,10 +193,7 @@ def _from_url(url: str | URL, field: str) -> Location:
     if database in _MEMORY_NAMES:
         return _in_memory()
     if database.startswith("file:"):
-        if parsed.query.get("mode") == "memory" or "vfs" in parsed.query:
-            raise InvalidInputError(field, without_secrets(parsed), f"{accepted}, or 'sqlite://' for one in memory")
-        path = Path(unquote(database.removeprefix("file:"))).absolute()
-        return Location(parsed.update_query_dict({"uri": "true"}), path)
+        return _from_uri(parsed, field)
     if parsed.query:
         raise InvalidInputError(
             field, without_secrets(parsed), f"{accepted}; with parameters, 'sqlite:///file:swarm.db?mode=ro&uri=true'"
@@ -184,9 +201,62 @@ def _from_url(url: str | URL, field: str) -> Location:
     return _from_path(database, field)
 
 
+#: What of SQLite's own parameters a URL may have, with their values: https://sqlite.org/uri.html
+_URI_PARAMETERS: Mapping[str, frozenset[str]] = {
+    "mode": frozenset({"ro", "rw", "rwc"}),
+    "immutable": frozenset({"0", "1"}),
+    "uri": frozenset({"true", "1"}),
+}
+
+
+def _from_uri(url: URL, field: str) -> Location:
+    """Return where a URL leads that hands one of SQLite's own to it. What SQLite gets names the file by one path only.
+
+    Raises:
+        InvalidInputError: If it is for another host, is in memory, or has other parameters than `_URI_PARAMETERS`.
+        StorageError: If the system can't look there.
+    """
+    name = name_in_uri(url.database or "")
+    if name is None or name in _MEMORY_NAMES:
+        raise InvalidInputError(
+            field,
+            without_secrets(url),
+            "'sqlite:///file:' and a path without '?' and '#', or 'sqlite://' for one in memory",
+        )
+    if any(value not in _URI_PARAMETERS.get(parameter, ()) for parameter, value in url.query.items()):
+        raise InvalidInputError(
+            field, without_secrets(url), "no parameters but mode=ro, rw or rwc, immutable=0 or 1, and uri=true"
+        )
+    path = path_of_file(name, field=field)
+    # A relative one would lead somewhere else once the current directory is another.
+    exact = url.set(database=f"file:{quote(os.fsencode(path))}").update_query_dict({"uri": "true"})
+    if url.query.get("immutable") == "1":
+        exact = exact.update_query_dict({"mode": "ro"})  # By itself, SQLite would make a file that is missing.
+    return Location(exact, path)
+
+
+def name_in_uri(uri: str) -> str | None:
+    """Return the path that SQLite would find in ``file:...``; None if it finds none on this machine, or more than that.
+
+    See https://sqlite.org/uri.html.
+    """
+    path = uri.removeprefix("file:")
+    host = ""
+    if path.startswith("//"):
+        host, slash, path = path[2:].partition("/")
+        path = slash + path
+    if host not in ("", "localhost") or "#" in uri or "?" in uri:
+        return None
+    return os.fsdecode(unquote_to_bytes(os.fsencode(path)))
+
+
 def _in_memory() -> Location:
     # Every connection to the same name sees the same database, which lives as long as one of them is open.
     return Location(URL.create("sqlite", database=f"file:/{uuid4()}", query={"vfs": "memdb", "uri": "true"}), None)
+
+
+#: Parameters of SQLAlchemy's URLs that it hands to `sqlite3.connect`, besides ``uri``.
+_OF_DRIVER = ("timeout", "isolation_level", "detect_types", "check_same_thread", "cached_statements")
 
 
 def locate_engine(engine: Engine) -> Location:
@@ -200,7 +270,9 @@ def locate_engine(engine: Engine) -> Location:
         shown = engine if isinstance(engine, Engine) else shown_place(engine)
         raise InvalidInputError("engine", shown, "an SQLAlchemy engine for SQLite, or for PostgreSQL with psycopg 3")
     shares = isinstance(engine.pool, StaticPool | SingletonThreadPool)
-    location = Location(engine.url) if engine.dialect.name == "postgresql" else locate(None, engine.url)
+    # What the driver takes of a URL is its owner's affair; what SQLite takes says where the database is.
+    url = engine.url.difference_update_query(_OF_DRIVER)
+    location = Location(engine.url) if engine.dialect.name == "postgresql" else locate(None, url)
     # In memory, each connection of such a pool would be another database, or all users would share one connection.
     if location.is_in_memory or shares:
         raise InvalidInputError(
@@ -237,12 +309,14 @@ def create(location: Location, settings: Settings = _USUAL) -> Engine:
     """Return an engine for *location*, whose folder is made if it is missing.
 
     Raises:
-        StorageError: If the folder can't be made, or PostgreSQL's driver is not installed.
+        StorageError: If the folder can't be made, the file was emptied or removed beside its log, or PostgreSQL's
+            driver is not installed.
     """
     return _for_server(location, settings) if location.is_on_server else _for_file(location, settings)
 
 
 def _for_file(location: Location, settings: Settings) -> Engine:
+    check_file_of_log(location)
     if location.path is not None and "uri" not in location.url.query:
         try:
             make_folder(location.path.parent)

@@ -40,6 +40,22 @@ def make_file(path: Path, mode: int = PRIVATE) -> None:
         path.chmod(mode)
 
 
+def companions(database: Path) -> list[Path]:
+    """Return where SQLite keeps the log of a database, the index of that, and the journal."""
+    return [database.with_name(f"{database.name}{ending}") for ending in ("-wal", "-shm", "-journal")]
+
+
+def belong_together(one: Path, other: Path) -> bool:
+    """Whether two paths lead to the same file, or one of them to a file that SQLite takes for a part of the other.
+
+    Raises:
+        OSError: If one can't be looked at.
+    """
+    one, other = one.resolve(), other.resolve()
+    is_same = one.exists() and other.exists() and one.samefile(other)
+    return is_same or one in companions(other) or other in companions(one)
+
+
 def put_in_place(finished: Path, target: Path, *, overwrite: bool) -> None:
     """Give a *finished* file the name *target*, at once and for good: a power cut leaves it.
 
@@ -90,6 +106,14 @@ def identity_of(path: Path) -> tuple[int, int] | None:
     except OSError:
         return None
     return found.st_dev, found.st_ino
+
+
+def size_of(path: Path) -> int:
+    """Return how many bytes a file has: none, where there is none that can be looked at."""
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0
 
 
 class OpenedFile:

@@ -19,9 +19,9 @@ from uuid import uuid4
 from moai_flow.memory import inputs
 from moai_flow.memory.backends import translated
 from moai_flow.memory.connections import copy_to, is_open_here
-from moai_flow.memory.engine import Location, locate, path_of_file
+from moai_flow.memory.engine import Location, check_file_of_log, locate, path_of_file
 from moai_flow.memory.errors import BusyError, InvalidInputError, SchemaError, StorageError, SwarmDBError
-from moai_flow.memory.files import flush_folder, make_file, make_folder, mode_of
+from moai_flow.memory.files import belong_together, companions, flush_folder, make_file, make_folder, mode_of
 from moai_flow.memory.migrations import check_openable
 
 _LOG, _INDEX, _JOURNAL = "-wal", "-shm", "-journal"
@@ -86,15 +86,14 @@ def restore_backup(
     target = path_of_file(db_path, field="db_path").resolve()
     if not source.is_file():
         raise InvalidInputError("backup", str(backup), "a file that exists")
-    if target.exists():
-        if target.samefile(source):
-            raise InvalidInputError("db_path", str(db_path), "another file than the backup")
-        if not overwrite:
-            raise InvalidInputError("db_path", str(db_path), "a file that does not exist yet, or overwrite=True")
+    if belong_together(target, source):
+        raise InvalidInputError("db_path", str(db_path), "another file than the backup")
+    if target.exists() and not overwrite:
+        raise InvalidInputError("db_path", str(db_path), "a file that does not exist yet, or overwrite=True")
     unfinished = target.with_name(f"{target.name}.{uuid4().hex}.tmp")
     try:
         make_folder(target.parent)
-        version = _copy(source, unfinished, busy_timeout)
+        version = _copy(source, unfinished, target, busy_timeout)
         if is_open_here(target):
             raise _in_use(target)
         with closing(sqlite3.connect(unfinished)) as copy:
@@ -106,9 +105,9 @@ def restore_backup(
     except OSError as error:
         raise StorageError(f"{target}: the backup can't be put there: {error}") from error
     finally:
-        for leftover in ("", _LOG, _INDEX, _JOURNAL):
+        for leftover in (unfinished, *companions(unfinished)):
             with suppress(OSError):
-                _beside(unfinished, leftover).unlink()
+                leftover.unlink()
     return RestoreReport(target, target.stat().st_size, version, kept)
 
 
@@ -119,14 +118,16 @@ def _beside(path: Path, ending: str) -> Path:
 # The copy
 
 
-def _copy(source: Path, unfinished: Path, patience: float) -> str | None:
+def _copy(source: Path, unfinished: Path, target: Path, patience: float) -> str | None:
     """Copy a backup, check the copy, and return the version of its schema.
 
     Raises:
         SchemaError: If it is none of a SwarmDB, or of a newer version.
         BusyError: If it stays locked.
-        StorageError: If it is damaged.
+        StorageError: If it is damaged, or there is no room for the copy beside *target*.
     """
+    location = Location(locate(source, None).url, source)
+    check_file_of_log(location)
     make_file(unfinished)
     try:
         with (
@@ -139,14 +140,28 @@ def _copy(source: Path, unfinished: Path, patience: float) -> str | None:
             complaints = [row[0] for row in copy.execute("PRAGMA integrity_check(10)") if row[0] != "ok"]
             if complaints:
                 raise StorageError(f"{source}: the backup is damaged: {'; '.join(complaints)}")
-            version, is_ours = check_openable(copy, Location(locate(source, None).url, source))
+            version, is_ours = check_openable(copy, location)
     except SwarmDBError:
         raise
     except (sqlite3.Error, UnicodeDecodeError) as error:
-        raise translated(error, f"{source}: the backup can't be read") from error
+        what = (
+            f"{target}: the backup can't be put there"
+            if _is_of_writing(error)
+            else f"{source}: the backup can't be read"
+        )
+        raise translated(error, what) from error
     if not is_ours:
         raise SchemaError(f"{source}: it has none of SwarmDB's tables, so it is no backup of one")
     return version
+
+
+def _is_of_writing(error: Exception) -> bool:
+    """Whether a copy failed where it was written, rather than where it was read."""
+    code = getattr(error, "sqlite_errorcode", 0)
+    return code & 0xFF in (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR) and code not in (
+        sqlite3.SQLITE_IOERR_READ,
+        sqlite3.SQLITE_IOERR_SHORT_READ,
+    )
 
 
 def _copy_all(original: sqlite3.Connection, copy: sqlite3.Connection, source: Path, patience: float) -> None:
@@ -214,12 +229,19 @@ def _replace(copy: sqlite3.Connection, target: Path, *, keep: bool, patience: fl
         BusyError: If somebody has it open, and does not close it.
     """
     kept = None
-    with closing(sqlite3.connect(target, timeout=0, isolation_level=None)) as raw:
-        _lock(raw, target, patience)
-        if keep and raw.execute("SELECT count(*) FROM sqlite_master").fetchone() != (0,):
-            kept = _name_aside(target)
-            copy_to(raw, kept, mode_of(target))
-        copy.backup(raw)
+    try:
+        with closing(sqlite3.connect(target, timeout=0, isolation_level=None)) as raw:
+            _lock(raw, target, patience)
+            if keep and raw.execute("SELECT count(*) FROM sqlite_master").fetchone() != (0,):
+                aside = _name_aside(target)
+                copy_to(raw, aside, mode_of(target))
+                kept = aside
+            copy.backup(raw)
+    except sqlite3.Error:
+        # Where no journal is left, the file is as it was, and the next attempt needs the room.
+        if kept is not None and not _beside(target, _JOURNAL).exists():
+            kept.unlink()
+        raise
     return kept
 
 
@@ -261,10 +283,14 @@ def _move_aside(target: Path, *, keep: bool) -> Path | None:
         _locked_by_bytes(_beside(target, _INDEX), _INDEX_BYTES, target, opened)
         if keep and file is not None and not _is_empty(target):
             make_file(aside, mode_of(target))
-            with aside.open("r+b") as kept:
-                shutil.copyfileobj(file, kept)
-                kept.flush()
-                os.fsync(kept.fileno())
+            try:
+                with aside.open("r+b") as kept:
+                    shutil.copyfileobj(file, kept)
+                    kept.flush()
+                    os.fsync(kept.fileno())
+            except OSError:
+                aside.unlink()
+                raise
         for ending in (_LOG, _JOURNAL):
             path = _beside(target, ending)
             if keep and path.exists():

@@ -39,8 +39,9 @@ from moai_flow.memory.cli import top as screen
 from moai_flow.memory.cli.demo import report, watch
 from moai_flow.memory.cli.failures import in_one_line
 from moai_flow.memory.cli.swarm import Plan, files_of
-from moai_flow.memory.engine import Location, Settings, create, locate, log_bytes
+from moai_flow.memory.engine import Location, Settings, check_file_of_log, create, locate, log_bytes
 from moai_flow.memory.enums import Vocabulary
+from moai_flow.memory.files import belong_together
 from moai_flow.memory.migrations import VERSION, found_version, server_ddl
 from moai_flow.memory.models import TABLES
 from moai_flow.memory.restoring import restore_backup
@@ -119,6 +120,7 @@ def _opened(db: str | None, *, create_missing: bool = False) -> Iterator[SwarmDB
 
 
 def _check_exists(location: Location) -> None:
+    check_file_of_log(location)
     if location.path is not None and not location.path.exists():
         raise StorageError(f"no database at {location}")
     # Opening a database of another program would add our tables to it.
@@ -562,7 +564,7 @@ def backup(
     """Copy a database into a file, while others go on reading and writing."""
     with _opened(db) as store:
         own = _locate(db).path
-        if not overwrite and own is not None and Path(path).is_file() and not own.samefile(path):
+        if not overwrite and own is not None and Path(path).is_file() and not belong_together(own, Path(path)):
             raise StorageError(f"{path} exists; --overwrite replaces it")
         target = store.backup(path, overwrite=overwrite)
     if as_json:

@@ -18,7 +18,7 @@ from uuid import uuid4
 from moai_flow.memory import InvalidInputError, StorageError, SwarmDB
 from moai_flow.memory.cli import show
 from moai_flow.memory.engine import path_of_file
-from moai_flow.memory.files import put_in_place
+from moai_flow.memory.files import belong_together, put_in_place
 from moai_flow.memory.models import Record, columns
 from moai_flow.memory.reading import StoredTable, count
 from moai_flow.memory.statements import Row
@@ -173,16 +173,11 @@ def target_of(given: str, own: Path | None, *, overwrite: bool) -> Path:
     exists = target.exists()
     if exists and not target.is_file():
         raise InvalidInputError("--output", given, "the path of a file")
-    if own is not None and ((exists and target.samefile(own)) or target in _beside(own.resolve())):
+    if own is not None and belong_together(target, own):
         raise InvalidInputError("--output", given, "a file that is not the database itself")
     if exists and not overwrite:
         raise _exists(given)
     return target
-
-
-def _beside(database: Path) -> list[Path]:
-    """Return where SQLite keeps what belongs to a database."""
-    return [database.with_name(f"{database.name}{suffix}") for suffix in ("-wal", "-shm", "-journal")]
 
 
 def _exists(path: object) -> StorageError:

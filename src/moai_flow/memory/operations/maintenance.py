@@ -38,7 +38,7 @@ from moai_flow.memory.errors import (
     SwarmDBError,
     TransactionError,
 )
-from moai_flow.memory.files import PRIVATE, make_folder, mode_of
+from moai_flow.memory.files import PRIVATE, belong_together, make_folder, mode_of
 from moai_flow.memory.migrations import time_columns, unnormalised
 from moai_flow.memory.models import TABLES, Record, SchemaInfo, SessionMemory, rowid_column, table_of
 from moai_flow.memory.scope import Scope
@@ -260,7 +260,8 @@ class MaintenanceOperations(Scope):
             The file's absolute path.
 
         Raises:
-            InvalidInputError: If *path* is a folder, the database itself, or exists and *overwrite* is not set.
+            InvalidInputError: If *path* is a folder, the database itself or its log, or exists and *overwrite* is not
+                set.
             TransactionError: Inside a transaction, whose changes the copy would lack.
             BusyError: If a writer keeps a database in memory for longer than the busy timeout.
             StorageError: If the file can't be written, or the database is on a server.
@@ -273,7 +274,7 @@ class MaintenanceOperations(Scope):
         if self._location.is_in_memory:
             self._refuse_to_wait()
         target = path_of_file(path, field="path")
-        if self._location.path is not None and target.exists() and target.samefile(self._location.path):
+        if self._location.path is not None and belong_together(target, self._location.path):
             raise InvalidInputError("path", str(path), "a file that is not the database itself")
         taken = InvalidInputError("path", str(path), "a file that does not exist yet, or overwrite=True")
         if target.exists() and not overwrite:
