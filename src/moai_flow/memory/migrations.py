@@ -35,7 +35,7 @@ from sqlalchemy.schema import CreateIndex, CreateTable
 
 from moai_flow.memory.backends import SQLite, translated
 from moai_flow.memory.connections import Connections, Held, copy_to
-from moai_flow.memory.engine import Location, create
+from moai_flow.memory.engine import Location, check_settings, create
 from moai_flow.memory.errors import BusyError, ConflictError, InvalidInputError, SchemaError, StorageError
 from moai_flow.memory.files import mode_of
 from moai_flow.memory.models import (
@@ -82,7 +82,9 @@ def bring_up_to_date(held: Held, location: Location, *, wal_wait: float | None, 
     Raises:
         SchemaError: If the database is of a newer version, or one of its tables is not what its name says.
         BusyError: If another program keeps it locked for longer than *wal_wait*.
-        StorageError: If the copy that is made of an older file can't be written.
+        StorageError: If the copy that is made of an older file can't be written, or a server's database does not hold
+            every text.
+        InvalidInputError: If connections to a server are set so that values would change.
     """
     if location.is_on_server:
         _bring_server_up_to_date(held, location, now)
@@ -195,6 +197,7 @@ def found_version(location: Location) -> str | None:
 
 
 def _bring_server_up_to_date(held: Held, location: Location, now: datetime) -> None:
+    check_settings(held.raw, location)
     if _version_on_server(held.raw) == VERSION:
         return
     raw, backend = held.raw, held.backend
