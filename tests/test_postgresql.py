@@ -25,11 +25,13 @@ from psycopg.rows import dict_row
 from sqlalchemy import create_engine, make_url
 
 from moai_flow.memory import (
+    AgentStatus,
     BusyError,
     ClosedError,
     CorruptDataError,
     EventData,
     InvalidInputError,
+    RegisteredAgent,
     SchemaError,
     StorageError,
     SwarmDB,
@@ -183,6 +185,34 @@ def test_no_setting_of_a_database_changes_what_comes_back(postgres_url: str, nam
         assert db.get_memory("s", "semantic", "日本") == {"path": "C:\\'", "n": 0.1 + 0.2}
         assert db._get_connection().execute("SHOW default_transaction_isolation").fetchone() == ("read committed",)
         assert db.check().ok
+
+
+def test_where_transactions_are_read_only_by_default_everything_reads_and_nothing_writes(postgres_url: str) -> None:
+    with SwarmDB(url=postgres_url) as db:
+        db.register_agent("a", "t")
+    run(postgres_url, f'ALTER DATABASE "{make_url(postgres_url).database}" SET default_transaction_read_only = on')
+    refusal = pytest.raises(StorageError, match="read-only transaction")
+    with SwarmDB(url=postgres_url) as db:
+        with refusal:
+            db.insert_event(EVENT)
+        with refusal:
+            db.insert_events([EVENT])
+        with refusal, db.transaction():
+            db.register_agent("b", "t")
+        with refusal, db.session() as session:
+            session.add(RegisteredAgent(agent_id="c", agent_type="t", status=AgentStatus.RUNNING))
+        with db.transaction(), db.session(readonly=True):
+            assert [agent.agent_id for agent in db.list_agents()] == ["a"]
+        assert db.check().ok
+    with SwarmDB(url=f"{postgres_url}&options=-cdefault_transaction_read_only%3Doff") as db:
+        assert db.insert_event(EVENT)
+
+
+def test_an_empty_database_whose_transactions_are_read_only_by_default_is_left_so(postgres_url: str) -> None:
+    run(postgres_url, f'ALTER DATABASE "{make_url(postgres_url).database}" SET default_transaction_read_only = on')
+    with pytest.raises(StorageError, match="read-only transaction"):
+        SwarmDB(url=postgres_url)
+    assert run(postgres_url, "SELECT count(*) FROM pg_class WHERE relname = 'schema_info'") == [(0,)]
 
 
 def test_what_the_url_says_of_the_encoding_changes_nothing(postgres_url: str) -> None:
