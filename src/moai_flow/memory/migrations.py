@@ -429,7 +429,10 @@ def _store(raw: sqlite3.Connection, program: Program, rowid: int, moment: dateti
             if not isinstance(cause, sqlite3.Error) or cause.sqlite_errorcode != sqlite3.SQLITE_CONSTRAINT_PRIMARYKEY:
                 raise
             # Another metric of the task has this time in its key: take the next free one, as an insert would.
-            moment += timedelta(microseconds=1)
+            try:
+                moment += timedelta(microseconds=1)
+            except OverflowError:
+                return  # The last moment of all is taken: this one stays as it is written.
         else:
             return
 
