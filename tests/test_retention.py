@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, suppress
 from datetime import UTC, datetime, timedelta
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
@@ -153,6 +153,21 @@ def test_a_mark_that_is_no_policy_is_told_and_removes_nothing(db: SwarmDB, clock
         db.retention  # noqa: B018
     with pytest.raises(CorruptDataError):
         db.cleanup()
+
+
+@pytest.mark.parametrize("mark", ["x'7b'", "CAST(x'ff' AS TEXT)"])
+@pytest.mark.parametrize("key", ["retention", "last_cleanup"])
+def test_a_mark_that_is_no_text_keeps_nobody_from_writing(local_db: SwarmDB, clock: Clock, key: str, mark: str) -> None:
+    run(local_db, "INSERT INTO schema_info (key, value) VALUES ('last_cleanup', 'x')")
+    run(local_db, f"UPDATE schema_info SET value = {mark} WHERE key = '{key}'")
+    clock.advance(days=1)
+    event(local_db, clock.now)
+
+    assert count(local_db, "a") == 1
+    with suppress(CorruptDataError):
+        local_db.retention  # noqa: B018
+    with suppress(CorruptDataError):
+        local_db.last_cleanup  # noqa: B018
 
 
 # What is old
@@ -644,6 +659,12 @@ def test_a_policy_that_changes_is_heeded_within_the_hour(path: Path, clock: Cloc
         "nonsense",
         '{"table": 1}',
         "{",
+        '{"a":' * 100_000,
+        *(
+            f'{{"began": "2025-12-31T11:59:00+00:00", "table": "{table}", "after": {after}}}'
+            for table in ("memory", "agents")
+            for after in (2**70, -1, 1.5, '"\\ud800"', "[1]", "{}", "NaN", "true" if table == "agents" else '"1"')
+        ),
     ],
 )
 def test_a_mark_of_a_clock_that_was_wrong_or_of_no_use_holds_nothing_up(db: SwarmDB, clock: Clock, mark: str) -> None:

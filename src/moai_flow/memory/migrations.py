@@ -62,7 +62,8 @@ _CHUNK = 10_000
 def read_version(raw: sqlite3.Connection) -> str | None:
     """Return the version that the database says it has, or None if it says none."""
     try:
-        row = raw.execute(_READ_VERSION).fetchone()
+        with SQLite.reading_leniently(raw):  # What is not UTF-8 is none of ours.
+            row = raw.execute(_READ_VERSION).fetchone()
     except sqlite3.OperationalError as error:
         if error.sqlite_errorcode != sqlite3.SQLITE_ERROR:  # Anything but a missing table or column.
             raise
