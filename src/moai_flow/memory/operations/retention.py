@@ -18,7 +18,6 @@ from sqlalchemy import (
     any_,
     bindparam,
     delete,
-    exists,
     func,
     literal_column,
     or_,
@@ -224,11 +223,17 @@ _NEXT_MEMORIES = (
 )
 _LAST_MEMORY = Statement(select(func.max(_NEXT_MEMORIES.subquery().c.id)))
 _NEWER = _MEMORY.alias()
-_WAS_REPLACED = exists().where(
-    *(_NEWER.c[name] == _MEMORY.c[name] for name in ("session_id", "memory_type", "key")),
-    _NEWER.c.id > _MEMORY.c.id,
-    _NEWER.c.timestamp < bindparam("cutoff"),
+#: When the next value of the key came, which is one look into an index, however many there are.
+_NEXT_TIMESTAMP = (
+    select(_NEWER.c.timestamp)
+    .where(
+        *(_NEWER.c[name] == _MEMORY.c[name] for name in ("session_id", "memory_type", "key")),
+        _NEWER.c.id > _MEMORY.c.id,
+    )
+    .order_by(_NEWER.c.id)
+    .limit(1)
 )
+_WAS_REPLACED = _NEXT_TIMESTAMP.scalar_subquery() < bindparam("cutoff")
 #: What may be dead: all that was replaced before the cutoff, and what has expired, which is not for SQL to say.
 _MAYBE_DEAD = Statement(
     select(
