@@ -1,24 +1,40 @@
 """Files of older programs."""
 
+import math
 import sqlite3
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from sqlalchemy import create_engine, event
 
-from moai_flow.memory import AgentStatus, BusyError, EventType, MemoryType, SchemaError, StorageError, SwarmDB
+from moai_flow.memory import (
+    AgentStatus,
+    BusyError,
+    CorruptDataError,
+    EventType,
+    MemoryType,
+    SchemaError,
+    StorageError,
+    SwarmDB,
+)
+from moai_flow.memory.models import TABLES, Record, SchemaInfo, SessionMemory, columns
+from postgres import in_memory
 from test_schema import SPECIFIED
 
 FOREIGN = ("semantic_knowledge", "code_patterns")
+MEMORY = tuple(column.name for column in columns(SessionMemory) if column.name != "id")
 METRICS = ("task_metrics", "agent_metrics", "swarm_metrics")
 
 
@@ -358,6 +374,105 @@ def test_what_stands_beside_a_time_but_tells_no_zone_is_passed_over(old: Path, z
     moment = "2025-11-29T10:00:00.000000+00:00"
     assert rows(old, "SELECT timestamp FROM agent_events WHERE agent_id = 'local too'") == [(moment,)], zone
     assert rows(old, "SELECT DISTINCT last_updated FROM agent_registry") == [(moment,)]
+
+
+#: A value as raw SQL may have left it in any column: what SQL makes of it, and it.
+ODD = st.one_of(
+    st.sampled_from(
+        [
+            "2025-11-30 10:00:00",
+            "2025-11-30T19:00:00",
+            "2025-11-30T10:00:00.5+14:00",
+            "9999-12-31 23:59:59.999999",
+            "9999-12-31T23:59:59.999999Z",
+            "0001-01-01T00:00:00",
+            "2025-02-30 10:00:00",
+            "2025-11-30T24:00:00",
+            "{",
+            b"x",
+            None,
+            1764496800.0,
+            1764496800,
+            1764496800000,
+            1e300,
+            math.inf,
+            -math.inf,
+            2**63 - 1,
+            -(2**63),
+        ]
+    ).map(lambda value: ("?", value)),
+    st.one_of(st.text(max_size=4), st.binary(max_size=4), st.floats(), st.integers(-(2**63), 2**63 - 1)).map(
+        lambda value: ("?", value)
+    ),
+    st.binary(max_size=4).map(lambda value: ("CAST(? AS TEXT)", value)),  # Text that need not be UTF-8.
+)
+
+
+@given(
+    version=st.sampled_from(["1.0.0", "2.0.0"]),
+    model=st.sampled_from([model for model in TABLES if model is not SchemaInfo]),
+    is_typed=st.booleans(),
+    given_rows=st.lists(st.lists(ODD, min_size=8, max_size=8), min_size=1, max_size=3),
+)
+@settings(max_examples=30, deadline=None)
+def test_a_file_opens_whatever_it_holds_and_no_row_is_lost(
+    version: str, model: type[Record], *, is_typed: bool, given_rows: list[list[tuple[str, Any]]]
+) -> None:
+    table = str(model.__tablename__)
+    number = "metric_id" if table in ("agent_metrics", "swarm_metrics") else "id"
+    names = [column.name for column in columns(model) if column.name != number]
+    with tempfile.TemporaryDirectory(dir=in_memory()) as folder:
+        path = Path(folder, "swarm.db")
+        with closing(sqlite3.connect(path)) as connection:
+            connection.executescript(SPECIFIED)
+            for metrics in METRICS if version == "1.0.0" else ():
+                connection.execute(f"DROP TABLE {metrics}")
+            connection.execute("INSERT INTO schema_info (key, value) VALUES ('version', ?)", (version,))
+            if not is_typed or (version == "1.0.0" and table in METRICS):
+                # As a program may have made it that is less particular: any column holds anything.
+                connection.execute(f"DROP TABLE IF EXISTS {table}")
+                numbered = number in {column.name for column in columns(model)}
+                first = [f"{number} INTEGER PRIMARY KEY"] if numbered else []
+                connection.execute(f"CREATE TABLE {table} ({', '.join(first + names)})")
+            for row in given_rows:
+                places = ", ".join(place for place, _ in row[: len(names)])
+                with suppress(sqlite3.IntegrityError):  # The column's own constraints refuse it.
+                    connection.execute(
+                        f"INSERT INTO {table} ({', '.join(names)}) VALUES ({places})",
+                        [value for _, value in row[: len(names)]],
+                    )
+            (count,) = connection.execute(f"SELECT count(*) FROM {table}").fetchone()
+            connection.commit()
+
+        with SwarmDB(path) as db:
+            assert rows(path, f"SELECT count(*) FROM {table}") == [(count,)]
+            for call in (db.list_agents, db.get_events, db.get_task_metrics, db.summarize_tasks):
+                with suppress(CorruptDataError):
+                    call()
+            moved = db.check(quarantine=True).quarantined
+            assert db.check().undecodable == ()
+        assert rows(path, f"SELECT count(*) FROM {table}") == [(count - moved,)]
+        if moved:
+            assert rows(path, f"SELECT count(*) FROM {table}_quarantine") == [(moved,)]
+
+
+def test_memories_that_have_no_key_can_be_moved_away(old: Path) -> None:
+    run(old, "DROP TABLE session_memory")
+    run(old, f"CREATE TABLE session_memory (id INTEGER PRIMARY KEY, {', '.join(MEMORY)})")
+    run(old, f"INSERT INTO session_memory ({', '.join(MEMORY)}) VALUES (NULL, NULL, NULL, '1', 'soon', NULL, NULL)")
+    with SwarmDB(old) as db:
+        assert db.check(quarantine=True).quarantined == 1
+        assert db.check().undecodable == ()
+
+
+def test_a_metric_for_which_the_last_moment_is_taken_stays_as_it_is(old: Path) -> None:
+    insert = "INSERT INTO task_metrics (task_id, agent_id, result, timestamp) VALUES ('t', 'a', 'success', ?)"
+    last = ("9999-12-31 23:59:59.999999", "9999-12-31T23:59:59.999999Z")
+    for timestamp in last:
+        run(old, insert, timestamp)
+    SwarmDB(old).close()
+
+    assert rows(old, "SELECT timestamp FROM task_metrics ORDER BY timestamp") == [(timestamp,) for timestamp in last]
 
 
 def test_a_local_time_that_would_be_before_the_year_1_in_utc_stays(old: Path) -> None:

@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
+from datetime import datetime, timedelta, timezone, tzinfo
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -20,9 +21,11 @@ import pytest
 from sqlalchemy import URL, Engine, NullPool, create_engine, event, make_url
 from sqlalchemy.pool import Pool, QueuePool, SingletonThreadPool, StaticPool
 
+from conftest import Clock
 from moai_flow.memory import (
     BusyError,
     InvalidInputError,
+    RetentionPolicy,
     SchemaError,
     StorageError,
     SwarmDB,
@@ -247,6 +250,44 @@ def test_a_newer_or_unknown_version_is_refused_unwritten(path: Path, version: st
 
     assert path.read_bytes() == before
     assert list(path.parent.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("version", ["CAST(x'ff' AS TEXT)", "x'ff'", "2.1", "''"])
+def test_a_version_that_is_no_text_is_refused_unwritten(path: Path, version: str) -> None:
+    SwarmDB(path).close()
+    with closing(sqlite3.connect(path)) as connection, connection:
+        connection.execute(f"UPDATE schema_info SET value = {version} WHERE key = 'version'")
+    before = path.read_bytes()
+    with pytest.raises(SchemaError, match=r"its schema version is .*none of SwarmDB's"):
+        SwarmDB(path)
+
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("present", [datetime.min, datetime.max, datetime(2025, 11, 30, 10)])  # noqa: DTZ001, DTZ901
+@pytest.mark.parametrize("zone", [None, timezone(timedelta(hours=14)), timezone(timedelta(hours=-12))])
+def test_a_clock_from_which_no_age_can_be_counted_is_named(
+    url: str, clock: Clock, present: datetime, zone: tzinfo | None
+) -> None:
+    policy = RetentionPolicy(agents=timedelta.max)
+    with SwarmDB(url=url, clock=clock, retention=policy) as db:
+        clock.now = present.replace(tzinfo=zone)
+        if zone is not None and present.year == 2025:
+            db.register_agent("a", "t")
+            return
+        for call in (
+            lambda: db.register_agent("a", "t"),
+            lambda: db.store_memory("s", "semantic", "k", 1, ttl_hours=1),
+            lambda: db.cleanup(days=1),
+            lambda: db.mark_stale_agents(timedelta(days=1)),
+            lambda: db.insert_events([{"event_type": "spawn", "agent_id": "a", "agent_type": "t"}]),
+        ):
+            with pytest.raises(InvalidInputError, match=r"clock: got .*years 2 to 9998"):
+                call()
+        assert (db.list_agents(), db.get_events(), db.list_memories("s")) == ([], [], [])
+    if not db._location.is_in_memory:
+        with pytest.raises(InvalidInputError, match="clock"):
+            SwarmDB(url=url, clock=clock, retention=RetentionPolicy.keep_all())
 
 
 @pytest.mark.parametrize(

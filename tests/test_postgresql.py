@@ -26,10 +26,13 @@ from psycopg.rows import dict_row
 from sqlalchemy import create_engine, make_url
 
 from moai_flow.memory import (
+    AgentStatus,
     BusyError,
     ClosedError,
     CorruptDataError,
     EventData,
+    InvalidInputError,
+    RegisteredAgent,
     SchemaError,
     StorageError,
     SwarmDB,
@@ -151,6 +154,98 @@ def test_tables_of_another_kind_are_refused_and_nothing_is_made(postgres_url: st
         SwarmDB(url=postgres_url)
     tables = run(postgres_url, "SELECT tablename FROM pg_tables WHERE schemaname = 'public'")
     assert tables == [("agent_registry",)]
+
+
+#: What a role or a database may be set to, and the values that came back otherwise, or not at all, by it.
+SETTINGS = {
+    "client_encoding": "LATIN1",
+    "DateStyle": "German",
+    "extra_float_digits": "-5",
+    "standard_conforming_strings": "off",
+    "IntervalStyle": "iso_8601",
+    "bytea_output": "escape",
+    "TimeZone": "Asia/Kolkata",
+    "default_transaction_isolation": "serializable",
+    "default_transaction_deferrable": "on",
+}
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_no_setting_of_a_database_changes_what_comes_back(postgres_url: str, name: str) -> None:
+    database = make_url(postgres_url).database
+    run(postgres_url, f"ALTER DATABASE \"{database}\" SET {name} = '{SETTINGS[name]}'")
+    moment = datetime(2026, 3, 4, 5, 6, 7, 123456, UTC)
+    with SwarmDB(url=postgres_url) as db:
+        db.insert_event({**EVENT, "agent_id": "日本\\'", "timestamp": moment})
+        db.store_agent_metric("a", "duration", 0.1 + 0.2)
+        db.store_memory("s", "semantic", "日本", {"path": "C:\\'", "n": 0.1 + 0.2})
+        with db.transaction() as raw:
+            (shown,) = raw.execute("SELECT timestamp FROM agent_events").fetchone()
+        assert (db.get_events(agent_id="日本\\'")[0].timestamp, shown) == (moment, moment)
+        assert [metric.value for metric in db.get_agent_metrics("a")] == [0.1 + 0.2]
+        assert db.get_memory("s", "semantic", "日本") == {"path": "C:\\'", "n": 0.1 + 0.2}
+        assert db._get_connection().execute("SHOW default_transaction_isolation").fetchone() == ("read committed",)
+        assert db.check().ok
+
+
+def test_where_transactions_are_read_only_by_default_everything_reads_and_nothing_writes(postgres_url: str) -> None:
+    with SwarmDB(url=postgres_url) as db:
+        db.register_agent("a", "t")
+    run(postgres_url, f'ALTER DATABASE "{make_url(postgres_url).database}" SET default_transaction_read_only = on')
+    refusal = pytest.raises(StorageError, match="read-only transaction")
+    with SwarmDB(url=postgres_url) as db:
+        with refusal:
+            db.insert_event(EVENT)
+        with refusal:
+            db.insert_events([EVENT])
+        with refusal, db.transaction():
+            db.register_agent("b", "t")
+        with refusal, db.session() as session:
+            session.add(RegisteredAgent(agent_id="c", agent_type="t", status=AgentStatus.RUNNING))
+        with db.transaction(), db.session(readonly=True):
+            assert [agent.agent_id for agent in db.list_agents()] == ["a"]
+        assert db.check().ok
+    with SwarmDB(url=f"{postgres_url}&options=-cdefault_transaction_read_only%3Doff") as db:
+        assert db.insert_event(EVENT)
+
+
+def test_an_empty_database_whose_transactions_are_read_only_by_default_is_left_so(postgres_url: str) -> None:
+    run(postgres_url, f'ALTER DATABASE "{make_url(postgres_url).database}" SET default_transaction_read_only = on')
+    with pytest.raises(StorageError, match="read-only transaction"):
+        SwarmDB(url=postgres_url)
+    assert run(postgres_url, "SELECT count(*) FROM pg_class WHERE relname = 'schema_info'") == [(0,)]
+
+
+def test_what_the_url_says_of_the_encoding_changes_nothing(postgres_url: str) -> None:
+    with SwarmDB(url=f"{postgres_url}&client_encoding=latin1") as db:
+        db.register_agent("日本", "t")
+        assert [agent.agent_id for agent in db.list_agents()] == ["日本"]
+
+
+@pytest.mark.parametrize("encoding", ["LATIN1", "SQL_ASCII"])
+def test_a_database_that_does_not_hold_every_text_is_refused(
+    postgres_server: Server, postgres_url: str, encoding: str
+) -> None:
+    name = f"test_{uuid4().hex[:12]}"
+    run(postgres_url, f"CREATE DATABASE {name} ENCODING '{encoding}' LOCALE 'C' TEMPLATE template0")
+    url = postgres_server.url(name)
+    try:
+        for _ in range(2):
+            with pytest.raises(StorageError, match=f"its encoding is {encoding}.*ENCODING 'UTF8'"):
+                SwarmDB(url=url)
+        assert run(url, "SELECT count(*) FROM pg_class WHERE relname = 'schema_info'") == [(0,)]
+    finally:
+        postgres_server.drop_database(url)
+
+
+@pytest.mark.parametrize("setting", ["client_encoding=LATIN1", "DateStyle=German", "extra_float_digits=0"])
+def test_a_callers_engine_that_would_change_values_is_refused(postgres_url: str, setting: str) -> None:
+    engine = create_engine(postgres_url, connect_args={"options": f"-c {setting}"})
+    name = setting.partition("=")[0]
+    with pytest.raises(InvalidInputError, match=f"engine: got '{name} = .*'options': '-c {name}="):
+        SwarmDB(engine=engine)
+    engine.dispose()
+    assert run(postgres_url, "SELECT count(*) FROM pg_class WHERE relname = 'schema_info'") == [(0,)]
 
 
 def open_at_once(url: str, barrier: Barrier, number: int, results: Any) -> None:

@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, suppress
 from datetime import UTC, datetime, timedelta
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
@@ -155,6 +155,21 @@ def test_a_mark_that_is_no_policy_is_told_and_removes_nothing(db: SwarmDB, clock
         db.cleanup()
 
 
+@pytest.mark.parametrize("mark", ["x'7b'", "CAST(x'ff' AS TEXT)"])
+@pytest.mark.parametrize("key", ["retention", "last_cleanup"])
+def test_a_mark_that_is_no_text_keeps_nobody_from_writing(local_db: SwarmDB, clock: Clock, key: str, mark: str) -> None:
+    run(local_db, "INSERT INTO schema_info (key, value) VALUES ('last_cleanup', 'x')")
+    run(local_db, f"UPDATE schema_info SET value = {mark} WHERE key = '{key}'")
+    clock.advance(days=1)
+    event(local_db, clock.now)
+
+    assert count(local_db, "a") == 1
+    with suppress(CorruptDataError):
+        local_db.retention  # noqa: B018
+    with suppress(CorruptDataError):
+        local_db.last_cleanup  # noqa: B018
+
+
 # What is old
 
 
@@ -220,6 +235,26 @@ def test_a_memory_is_old_after_it_has_expired(db: SwarmDB, clock: Clock, zone: s
     assert db.cleanup(policy=RetentionPolicy(memory=DAYS_30)).rows == 1
     assert db.memory_history("s", "semantic", "k") == []
     assert db.get_memory("s", "semantic", "k") is None
+
+
+def test_a_key_of_many_values_that_stay_costs_no_more_than_one_of_few(file_db: SwarmDB, clock: Clock) -> None:
+    def steps() -> int:
+        """Count what SQLite does to find out whether the first value may go, in thousands of its steps."""
+        done = []
+        bounds = {"after": 0, "last": 1, "cutoff": clock.now - timedelta(days=30), "limit": 10}
+        with file_db.transaction() as raw:
+            raw.set_progress_handler(lambda: done.append(1), 1000)  # type: ignore[attr-defined]
+            assert file_db._tuples(retention._MAYBE_DEAD, bounds) == []
+            raw.set_progress_handler(None, 0)  # type: ignore[attr-defined]
+        return len(done)
+
+    file_db.store_memory("s", "semantic", "k", 0)
+    clock.advance(days=31)
+    with file_db.transaction():
+        for number in range(2000):
+            file_db.store_memory("s", "semantic", "k", number)
+
+    assert steps() <= 1
 
 
 @pytest.mark.parametrize("odd", ["x''", "x'ff'", "NULL"])
@@ -644,6 +679,12 @@ def test_a_policy_that_changes_is_heeded_within_the_hour(path: Path, clock: Cloc
         "nonsense",
         '{"table": 1}',
         "{",
+        '{"a":' * 100_000,
+        *(
+            f'{{"began": "2025-12-31T11:59:00+00:00", "table": "{table}", "after": {after}}}'
+            for table in ("memory", "agents")
+            for after in (2**70, -1, 1.5, '"\\ud800"', "[1]", "{}", "NaN", "true" if table == "agents" else '"1"')
+        ),
     ],
 )
 def test_a_mark_of_a_clock_that_was_wrong_or_of_no_use_holds_nothing_up(db: SwarmDB, clock: Clock, mark: str) -> None:

@@ -239,7 +239,7 @@ class PostgreSQL(Backend):
     def begin(self, raw: Any, *, readonly: bool, alone: bool, patient: bool = True) -> None:
         # The next statement begins it. So does one after a raw commit(): the end of the block rolls that back.
         raw.autocommit = False
-        raw.read_only = readonly
+        raw.read_only = readonly or None  # Where the server's default is to refuse writes, blocks don't override it.
         raw.isolation_level = _REPEATABLE_READ if readonly else _SERIALIZABLE if alone else _READ_COMMITTED
         if not patient:
             raw.execute("SET LOCAL lock_timeout = '50ms'")

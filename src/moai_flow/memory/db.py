@@ -96,7 +96,7 @@ class SwarmDB(Tracking, MemoryOperations, SummaryOperations, RetentionOperations
             retention: How long rows are kept before they are removed by themselves. It is written into the database,
                 for whoever uses it from then on. Default: as the database says, which is 30 days in a new one, and
                 for ever in one that an older program made.
-            clock: Returns the present moment, aware of its zone. For tests.
+            clock: Returns the present moment, aware of its zone, in the years 2 to 9998. For tests.
 
         Raises:
             InvalidInputError: If a parameter can't be accepted, or more than one says where the database is.
@@ -126,7 +126,7 @@ class SwarmDB(Tracking, MemoryOperations, SummaryOperations, RetentionOperations
         pool_size = inputs.whole(pool_size, field="pool_size", least=1)
         if retention is not None and not isinstance(retention, RetentionPolicy):
             raise InvalidInputError("retention", retention, "a RetentionPolicy, or None for the database's own")
-        self._clock = clock
+        self._clock = clock if clock is utc_now else inputs.checked_clock(clock)
         self._cleanup_seen = self._cleanup_due = datetime.min.replace(tzinfo=UTC)
         self._location = locate(db_path, url) if engine is None else locate_engine(engine)
         where = str(self._location)
@@ -149,7 +149,9 @@ class SwarmDB(Tracking, MemoryOperations, SummaryOperations, RetentionOperations
         self._programs = Programs(held.connection.dialect, where)
         try:
             with translating(where):
-                bring_up_to_date(held, self._location, wal_wait=busy_timeout if engine is None else None, now=clock())
+                bring_up_to_date(
+                    held, self._location, wal_wait=busy_timeout if engine is None else None, now=self._clock()
+                )
         except BaseException:
             self._connections.discard(held)
             self.close()

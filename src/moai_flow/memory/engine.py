@@ -363,14 +363,20 @@ def _for_file(location: Location, settings: Settings) -> Engine:
 def _for_server(location: Location, settings: Settings) -> Engine:
     usual = {"connect_timeout": "10", "application_name": "swarmdb"}
     url = location.url.update_query_dict({name: usual[name] for name in usual.keys() - location.url.query.keys()})
+    url = url.update_query_dict({"client_encoding": "utf8"})  # SQLAlchemy itself asks first, and needs text.
     try:
         engine = create_engine(url, poolclass=NullPool)
     except ModuleNotFoundError as error:
         raise StorageError(
             f"{location}: PostgreSQL needs psycopg 3; install 'moai-flow-memory[postgres]' ({error})"
         ) from error
+    # A role or a database may have others, by which values would change, or calls fail.
     parameters = {
         "TimeZone": "UTC",  # Only in it can the driver read the first and the last hours that a datetime holds.
+        "DateStyle": "ISO",
+        "extra_float_digits": "1",  # All digits that it takes to read the same float.
+        "standard_conforming_strings": "on",
+        "default_transaction_isolation": "read committed",  # Blocks say what they need; single statements need no more.
         "lock_timeout": str(max(1, round(settings.busy_timeout * 1000))),  # 0 would mean for ever.
     }
     if settings.statement_timeout is not None:
@@ -391,3 +397,35 @@ def _for_server(location: Location, settings: Settings) -> Engine:
             raw.cursor_factory, raw.server_cursor_factory = cursors
 
     return engine
+
+
+_USED_SETTINGS = """
+    SELECT current_setting('server_encoding'), current_setting('client_encoding'), current_setting('DateStyle'),
+        current_setting('extra_float_digits')
+"""
+
+
+def check_settings(raw: Any, location: Location) -> None:
+    """Refuse a server's database, or a caller's engine for it, from which values would not come back as they were.
+
+    Raises:
+        StorageError: If the database can't hold every text.
+        InvalidInputError: If the engine's connections are set otherwise than ours, which never happens with our own.
+    """
+    encoding, client_encoding, style, digits = raw.execute(_USED_SETTINGS).fetchone()
+    if encoding != "UTF8":
+        raise StorageError(
+            f"{location}: its encoding is {encoding}, which does not hold every text; make a database with "
+            "CREATE DATABASE ... ENCODING 'UTF8' TEMPLATE template0"
+        )
+    for name, value, fits, wanted in (
+        ("client_encoding", client_encoding, client_encoding == "UTF8", "UTF8"),
+        ("DateStyle", style, style.startswith("ISO"), "ISO"),
+        ("extra_float_digits", digits, int(digits) > 0, "1"),
+    ):
+        if not fits:
+            raise InvalidInputError(
+                "engine",
+                f"{name} = {value}",
+                f"connections with {name} = {wanted}, as by connect_args={{'options': '-c {name}={wanted}'}}",
+            )

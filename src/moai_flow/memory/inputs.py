@@ -215,6 +215,21 @@ def moment_filter(value: datetime | str | None, *, field: str) -> datetime | Non
     return None if value is None else moment(value, field=field)
 
 
+def checked_clock(clock: Callable[[], datetime]) -> Callable[[], datetime]:
+    """Return a clock that tells what *clock* does, and raises `InvalidInputError` where no age can be counted from it.
+
+    A day before or after the moment is a moment, too, in every zone.
+    """
+
+    def now() -> datetime:
+        present = clock()
+        if not isinstance(present, datetime) or present.tzinfo is None or not 1 < present.year < 9999:
+            raise InvalidInputError("clock", present, "a moment in the years 2 to 9998, aware of its zone")
+        return present
+
+    return now
+
+
 def span(value: timedelta, *, field: str) -> timedelta:
     """Return *value* if it is a length of time greater than zero.
 

@@ -35,7 +35,7 @@ from sqlalchemy.schema import CreateIndex, CreateTable
 
 from moai_flow.memory.backends import SQLite, translated
 from moai_flow.memory.connections import Connections, Held, copy_to
-from moai_flow.memory.engine import Location, create
+from moai_flow.memory.engine import Location, check_settings, create
 from moai_flow.memory.errors import BusyError, ConflictError, InvalidInputError, SchemaError, StorageError
 from moai_flow.memory.files import mode_of
 from moai_flow.memory.models import (
@@ -62,7 +62,8 @@ _CHUNK = 10_000
 def read_version(raw: sqlite3.Connection) -> str | None:
     """Return the version that the database says it has, or None if it says none."""
     try:
-        row = raw.execute(_READ_VERSION).fetchone()
+        with SQLite.reading_leniently(raw):  # What is not UTF-8 is none of ours.
+            row = raw.execute(_READ_VERSION).fetchone()
     except sqlite3.OperationalError as error:
         if error.sqlite_errorcode != sqlite3.SQLITE_ERROR:  # Anything but a missing table or column.
             raise
@@ -82,7 +83,9 @@ def bring_up_to_date(held: Held, location: Location, *, wal_wait: float | None, 
     Raises:
         SchemaError: If the database is of a newer version, or one of its tables is not what its name says.
         BusyError: If another program keeps it locked for longer than *wal_wait*.
-        StorageError: If the copy that is made of an older file can't be written.
+        StorageError: If the copy that is made of an older file can't be written, or a server's database does not hold
+            every text.
+        InvalidInputError: If connections to a server are set so that values would change.
     """
     if location.is_on_server:
         _bring_server_up_to_date(held, location, now)
@@ -195,6 +198,7 @@ def found_version(location: Location) -> str | None:
 
 
 def _bring_server_up_to_date(held: Held, location: Location, now: datetime) -> None:
+    check_settings(held.raw, location)
     if _version_on_server(held.raw) == VERSION:
         return
     raw, backend = held.raw, held.backend
@@ -426,7 +430,10 @@ def _store(raw: sqlite3.Connection, program: Program, rowid: int, moment: dateti
             if not isinstance(cause, sqlite3.Error) or cause.sqlite_errorcode != sqlite3.SQLITE_CONSTRAINT_PRIMARYKEY:
                 raise
             # Another metric of the task has this time in its key: take the next free one, as an insert would.
-            moment += timedelta(microseconds=1)
+            try:
+                moment += timedelta(microseconds=1)
+            except OverflowError:
+                return  # The last moment of all is taken: this one stays as it is written.
         else:
             return
 

@@ -432,7 +432,8 @@ def _move_aside(connection: Connection, model: type[Record], addresses: list[Any
         if model is SessionMemory:
             # With it goes what it replaced: else an older value of the key would come back.
             bad = table.alias()
-            same_key = (table.c[name] == bad.c[name] for name in ("session_id", "memory_type", "key"))
+            key = ("session_id", "memory_type", "key")
+            same_key = (table.c[name].is_not_distinct_from(bad.c[name]) for name in key)  # An old file's may be NULL.
             condition = exists().where(bad.c.id == address, table.c.id <= bad.c.id, *same_key)
         whole_rows = select(*(type_coerce(column, LargeBinary) for column in table.columns)).where(condition)
         copied = insert(quarantine).from_select(quarantine.columns.keys(), whole_rows)

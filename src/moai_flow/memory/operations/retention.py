@@ -18,7 +18,6 @@ from sqlalchemy import (
     any_,
     bindparam,
     delete,
-    exists,
     func,
     literal_column,
     or_,
@@ -43,7 +42,7 @@ from moai_flow.memory.models import (
 )
 from moai_flow.memory.scope import ROWS_A_STEP, Scope
 from moai_flow.memory.statements import Statement, insert_for
-from moai_flow.memory.types import decode_time, encode_iso, is_postgresql
+from moai_flow.memory.types import decode_json, decode_time, encode_iso, is_postgresql, is_unicode
 
 logger = logging.getLogger("moai_flow.memory")
 
@@ -224,11 +223,17 @@ _NEXT_MEMORIES = (
 )
 _LAST_MEMORY = Statement(select(func.max(_NEXT_MEMORIES.subquery().c.id)))
 _NEWER = _MEMORY.alias()
-_WAS_REPLACED = exists().where(
-    *(_NEWER.c[name] == _MEMORY.c[name] for name in ("session_id", "memory_type", "key")),
-    _NEWER.c.id > _MEMORY.c.id,
-    _NEWER.c.timestamp < bindparam("cutoff"),
+#: When the next value of the key came, which is one look into an index, however many there are.
+_NEXT_TIMESTAMP = (
+    select(_NEWER.c.timestamp)
+    .where(
+        *(_NEWER.c[name] == _MEMORY.c[name] for name in ("session_id", "memory_type", "key")),
+        _NEWER.c.id > _MEMORY.c.id,
+    )
+    .order_by(_NEWER.c.id)
+    .limit(1)
 )
+_WAS_REPLACED = _NEXT_TIMESTAMP.scalar_subquery() < bindparam("cutoff")
 #: What may be dead: all that was replaced before the cutoff, and what has expired, which is not for SQL to say.
 _MAYBE_DEAD = Statement(
     select(
@@ -347,7 +352,7 @@ def _decode_policy(text: str) -> RetentionPolicy:
         return RetentionPolicy()
     if text == "off":
         return RetentionPolicy.keep_all()
-    ages = json.loads(text)
+    ages = decode_json(text)
     if not isinstance(ages, dict) or set(ages) != set(_NAMES):
         raise ValueError(f"ages of {', '.join(_NAMES)} are expected")
     try:
@@ -361,13 +366,22 @@ def _encode_place(place: _Place) -> str:
 
 
 def _decode_place(text: str) -> _Place | None:
-    """Return how far a cleanup is, or None if the mark says that the last one was completed."""
+    """Return how far a cleanup is, or None if the mark says that the last one was completed.
+
+    Raises:
+        ValueError: If it says no place that a cleanup comes to; so do TypeError and KeyError.
+    """
     if not text.startswith("{"):
         return None
-    found = json.loads(text)
-    if found["table"] not in _NAMES:
-        raise ValueError(f"no table is called {found['table']!r}")
-    return _Place(decode_time(found["began"]), found["table"], found["after"])
+    found = decode_json(text)
+    name, after = found["table"], found["after"]
+    if name not in _NAMES:
+        raise ValueError(f"no table is called {name!r}")
+    if name == "memory" and after is not None:
+        inputs.whole(after, field="after")
+    if name == "agents" and after is not None and not (isinstance(after, str) and is_unicode(after)):
+        raise ValueError(f"{after!r} is no agent's id")
+    return _Place(decode_time(found["began"]), name, after)
 
 
 class _Marks(NamedTuple):
@@ -630,7 +644,8 @@ class RetentionOperations(Scope):
         return _Marks(policy, completed, place)
 
     def _mark_texts(self) -> Mapping[str, tuple[str, Any]]:
-        return {key: (value, updated_at) for key, value, updated_at in self._tuples(_MARKS, {})}
+        # On SQLite, what is no text may stand there, and says nothing.
+        return {key: (str(value), updated_at) for key, value, updated_at in self._tuples(_MARKS, {})}
 
     def _set_retention(self, policy: RetentionPolicy) -> None:
         """Have the database keep rows for as long as *policy* says; nothing is written if it does already."""
