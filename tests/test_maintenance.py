@@ -5,15 +5,18 @@ import sqlite3
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import psycopg
 import pytest
+from sqlalchemy import make_url
 
-from conftest import Clock
+from conftest import Clock, url_of
 from moai_flow.memory import (
     BusyError,
     CheckReport,
@@ -21,6 +24,7 @@ from moai_flow.memory import (
     EventData,
     ForeignTime,
     InvalidInputError,
+    KeptRows,
     SchemaError,
     StorageError,
     SwarmDB,
@@ -273,6 +277,7 @@ OTHER_ROW = CorruptDataError("agent_registry", "status", {"agent_id": "a"}, "hol
         ({"undecodable": (ERROR, SAME_ROW)}, "^1 row can't be read.*swarmdb check --quarantine"),
         ({"undecodable": (ERROR, SAME_ROW, OTHER_ROW)}, "^2 rows can't be read"),
         ({"undecodable": (ERROR,), "quarantined": 3}, "^3 rows moved into tables whose names end in _quarantine"),
+        ({"undecodable": (ERROR,), "kept": (KeptRows("t", "r", 2),)}, "^2 rows could not be moved without a loss"),
         ({"unlisted": (UnlistedValue("agent_events", "event_type", "x", 5),)}, "^5 rows with words.*nothing to do"),
         ({"foreign_times": (ForeignTime("agent_events", "timestamp", 1200),)}, "^1,200 rows with times"),
         ({"has_wal_reset_bug": True}, r"^SQLite 3\.40\.1 has a rare bug.*3\.51\.3"),
@@ -409,6 +414,236 @@ def test_quarantine_of_a_memory_takes_what_it_replaced_along(local_db: SwarmDB) 
     run(local_db, *[MEMORY + "('s', 'semantic', 'k', '{bad', ?, NULL, ?)", GOOD, GOOD])
     assert local_db.check(quarantine=True).quarantined == 1
     assert len(contents(local_db, "session_memory_quarantine")) == 3
+
+
+def test_a_memory_of_no_type_is_moved_with_what_it_replaced(path: Path) -> None:
+    with SwarmDB(path) as db:
+        (made,) = execute(path, "SELECT sql FROM sqlite_master WHERE name = 'session_memory'")
+        execute(path, "DROP TABLE session_memory", made[0].replace("memory_type TEXT NOT NULL", "memory_type TEXT"))
+        for memory_type in (None, None, "semantic"):
+            run(db, MEMORY + "('s', ?, 'k', '1', ?, NULL, ?)", memory_type, GOOD, GOOD)
+        report = db.check(quarantine=True)
+        assert (report.quarantined, report.kept) == (2, ())
+        assert db.check().ok
+        assert db.get_memory("s", "semantic", "k") == 1
+
+
+# What other programs add
+
+
+def execute(where: Path | str, *statements: str) -> list[Any]:
+    """Run SQL as another program would, and return the last statement's rows."""
+    with connected(where) as connection:
+        for statement in statements:
+            cursor = connection.execute(statement)
+        rows = cursor.fetchall() if cursor.description else []
+        connection.commit()
+    return rows
+
+
+def connected(where: Path | str) -> Any:
+    if isinstance(where, Path):
+        return closing(sqlite3.connect(where))
+    return closing(psycopg.connect(make_url(where).set(drivername="postgresql").render_as_string(hide_password=False)))
+
+
+@pytest.fixture(params=["file", "postgresql"])
+def shared(request: pytest.FixtureRequest, path: Path) -> Iterator[tuple[SwarmDB, Path | str]]:
+    """A store with three events and three agents, of which the second can't be read, and where others open it."""
+    url = url_of(request.param, path, request)
+    with SwarmDB(url=url) as db:
+        for name in ("first", "bad", "last"):
+            event(db, name, GOOD)
+            db.register_agent(name, "t")
+        where = path if request.param == "file" else url
+        for table in ("agent_events", "agent_registry"):
+            execute(where, f"UPDATE {table} SET metadata = '[1]' WHERE agent_id = 'bad'")
+        yield db, where
+
+
+def test_quarantine_takes_the_columns_of_other_programs_along(shared: tuple[SwarmDB, Path | str]) -> None:
+    db, where = shared
+    kind = "STORED" if isinstance(where, str) else "VIRTUAL"
+    for table in ("agent_events", "agent_registry"):
+        execute(
+            where,
+            f'ALTER TABLE {table} ADD COLUMN "the Owner\'s %" TEXT',
+            f"ALTER TABLE {table} ADD COLUMN begins TEXT GENERATED ALWAYS AS (substr(agent_type, 1, 1)) {kind}",
+            f"UPDATE {table} SET \"the Owner's %\" = 'precious'",
+        )
+    report = db.check(quarantine=True)
+
+    assert (report.quarantined, report.kept) == (2, ())
+    for table in ("agent_events", "agent_registry"):
+        columns = 'agent_id, "the Owner\'s %", begins'
+        assert execute(where, f"SELECT {columns} FROM {table}_quarantine") == [("bad", "precious", "t")]
+        assert execute(where, f"SELECT agent_id FROM {table} ORDER BY agent_id") == [("first",), ("last",)]
+    assert db.check().ok
+
+
+def test_a_quarantine_that_lacks_a_new_column_is_not_used(shared: tuple[SwarmDB, Path | str]) -> None:
+    db, where = shared
+    assert db.check(quarantine=True).quarantined == 2
+    execute(
+        where,
+        "ALTER TABLE agent_events ADD COLUMN owner TEXT",
+        "UPDATE agent_events SET metadata = '[1]', owner = 'precious' WHERE agent_id = 'last'",
+    )
+    (kept,) = db.check(quarantine=True).kept
+    assert kept == KeptRows("agent_events", TAKEN, 1)
+
+    execute(where, "ALTER TABLE agent_events_quarantine RENAME TO earlier")
+    assert db.check(quarantine=True).quarantined == 1
+    assert execute(where, "SELECT agent_id, owner FROM agent_events_quarantine") == [("last", "precious")]
+
+
+TAKEN = "agent_events_quarantine is there already, and is not the table that SwarmDB makes"
+
+
+@pytest.mark.parametrize(
+    "action",
+    ["", "ON DELETE CASCADE", "ON DELETE SET NULL", "DEFERRABLE INITIALLY DEFERRED"],
+    ids=lambda words: words[-8:],
+)
+def test_a_row_that_others_refer_to_stays_and_they_with_it(shared: tuple[SwarmDB, Path | str], action: str) -> None:
+    db, where = shared
+    event(db, "bad", GOOD)
+    execute(where, "UPDATE agent_events SET metadata = '[1]' WHERE agent_id = 'bad'")
+    execute(
+        where,
+        f"CREATE TABLE notes (event BIGINT REFERENCES agent_events(id) {action}, text TEXT)",
+        f"CREATE TABLE owners (agent TEXT REFERENCES agent_registry {action}, name TEXT)",
+        "INSERT INTO notes VALUES (2, 'precious'), (1, 'good')",
+        "INSERT INTO owners VALUES ('bad', 'precious')",
+    )
+    before = execute(where, "SELECT * FROM agent_events WHERE id = 2")
+    report = db.check(quarantine=True)
+
+    assert report.quarantined == 1
+    assert report.kept == (
+        KeptRows("agent_events", "a row of notes refers to it", 1),
+        KeptRows("agent_registry", "a row of owners refers to it", 1),
+    )
+    assert not report.ok
+    assert [advice[:27] for advice in report.advice[:2]] == [
+        "1 row moved into tables who",
+        "2 rows could not be moved w",
+    ]
+    assert execute(where, "SELECT * FROM notes ORDER BY event") == [(1, "good"), (2, "precious")]
+    assert execute(where, "SELECT * FROM owners") == [("bad", "precious")]
+    assert execute(where, "SELECT * FROM agent_events WHERE id = 2") == before
+    execute(where, "DROP TABLE notes", "DROP TABLE owners")
+    assert db.check(quarantine=True).quarantined == 2
+    assert db.check().ok
+
+
+def test_a_reference_may_be_written_in_other_letters_and_to_several_columns(path: Path) -> None:
+    with SwarmDB(path) as db:
+        event(db, "bad", GOOD)
+        execute(
+            path,
+            "UPDATE agent_events SET metadata = '{'",
+            "CREATE UNIQUE INDEX pair ON agent_events (id, agent_id)",
+            "CREATE TABLE notes (agent, event, FOREIGN KEY (agent, event) REFERENCES AGENT_events (AGENT_ID, ID))",
+            "INSERT INTO notes VALUES ('bad', 2), ('other', 1)",
+        )
+        assert db.check(quarantine=True).quarantined == 1
+        execute(
+            path,
+            "INSERT INTO agent_events SELECT * FROM agent_events_quarantine",
+            "INSERT INTO notes VALUES ('bad', 1)",
+        )
+        assert db.check(quarantine=True).kept == (KeptRows("agent_events", "a row of notes refers to it", 1),)
+
+
+TRIGGERS = {
+    "ignore": "a trigger keeps it from being copied or deleted",
+    "abort, 'never'": "never",
+    "fail, 'never'": "never",
+    "rollback, 'never'": "never",
+}
+
+
+@pytest.mark.parametrize("action", TRIGGERS)
+def test_rows_that_a_trigger_keeps_are_not_counted_as_moved(path: Path, action: str) -> None:
+    with SwarmDB(path) as db:
+        for name in ("kept", "bad"):
+            event(db, name, GOOD)
+        execute(
+            path,
+            "UPDATE agent_events SET metadata = '{'",
+            "CREATE TRIGGER keep BEFORE DELETE ON agent_events WHEN old.agent_id = 'kept' "
+            f"BEGIN SELECT raise({action}); END",
+        )
+        moved = 0 if action.startswith("rollback") else 1  # It undoes what was moved before.
+        for quarantined in (moved, 0):
+            report = db.check(quarantine=True)
+            left = 2 - moved
+            assert (report.quarantined, report.kept) == (
+                quarantined,
+                (KeptRows("agent_events", TRIGGERS[action], left),),
+            )
+            assert len(report.undecodable) == left + quarantined
+        execute(path, "DROP TRIGGER keep")
+        assert db.check(quarantine=True).quarantined == left
+        assert sorted(execute(path, "SELECT agent_id FROM agent_events_quarantine")) == [("bad",), ("kept",)]
+        assert db.check().ok
+
+
+def test_a_trigger_or_a_rule_of_a_server_keeps_rows(postgres_url: str) -> None:
+    with SwarmDB(url=postgres_url) as db:
+        for name in ("kept", "bad"):
+            event(db, name, GOOD)
+            db.register_agent(name, "t")
+        execute(
+            postgres_url,
+            "UPDATE agent_events SET metadata = '[1]'",
+            "UPDATE agent_registry SET metadata = '[1]'",
+            "CREATE FUNCTION keep() RETURNS trigger LANGUAGE plpgsql AS "
+            "$$ BEGIN IF old.agent_id = 'kept' THEN RETURN NULL; END IF; RETURN old; END $$",
+            "CREATE TRIGGER keep BEFORE DELETE ON agent_events FOR EACH ROW EXECUTE FUNCTION keep()",
+            "CREATE RULE keep AS ON DELETE TO agent_registry DO INSTEAD NOTHING",
+        )
+        report = db.check(quarantine=True)
+        reason = TRIGGERS["ignore"]
+        assert report.quarantined == 1
+        assert report.kept == (KeptRows("agent_events", reason, 1), KeptRows("agent_registry", reason, 2))
+        assert execute(postgres_url, "SELECT agent_id FROM agent_events_quarantine") == [("bad",)]
+        assert execute(postgres_url, "SELECT to_regclass('agent_registry_quarantine')") == [(None,)]
+
+
+@pytest.mark.parametrize(
+    "taken",
+    [
+        "CREATE TABLE agent_events_quarantine (id INTEGER PRIMARY KEY, why TEXT)",
+        "CREATE TABLE agent_events_quarantine (id TEXT, event_id TEXT, event_type TEXT, agent_id TEXT, "
+        "agent_type TEXT, timestamp TEXT, metadata TEXT, created_at TEXT)",
+        "CREATE VIEW agent_events_quarantine AS SELECT * FROM agent_events",
+    ],
+)
+def test_a_quarantine_that_is_another_programs_is_left_alone(shared: tuple[SwarmDB, Path | str], taken: str) -> None:
+    db, where = shared
+    execute(where, taken)
+    before = execute(where, "SELECT * FROM agent_events_quarantine")
+    report = db.check(quarantine=True)
+
+    assert report.quarantined == 1
+    ((table, reason, rows),) = [(kept.table, kept.reason, kept.rows) for kept in report.kept]
+    assert (table, rows) == ("agent_events", 1)
+    assert reason in (TAKEN, 'relation "agent_events_quarantine" already exists')
+    assert execute(where, "SELECT * FROM agent_events_quarantine") == before
+    assert execute(where, "SELECT agent_id FROM agent_events ORDER BY id") == [("first",), ("bad",), ("last",)]
+    assert execute(where, "SELECT agent_id FROM agent_registry ORDER BY agent_id") == [("first",), ("last",)]
+
+
+def test_a_failed_quarantine_leaves_the_block_around_it_usable(shared: tuple[SwarmDB, Path | str]) -> None:
+    db, where = shared
+    execute(where, "CREATE VIEW agent_events_quarantine AS SELECT * FROM agent_events")
+    with db.transaction():
+        db.register_agent("before", "t")
+        assert [kept.rows for kept in db.check(quarantine=True).kept] == [1]
+        db.register_agent("after", "t")
+    assert [agent.agent_id for agent in db.list_agents()][:2] == ["after", "before"]
 
 
 def test_deleting_a_memory_whose_time_is_none_removes_nothing(local_db: SwarmDB) -> None:

@@ -724,6 +724,12 @@ def _show_check(found: CheckReport) -> None:
         list(map(show.text, ("table", "column", "row", "reason"))),
         ((fault.table, fault.column, fault.row, fault.reason) for fault in found.undecodable),
     )
+    if found.kept:
+        show.table(
+            "Rows that could not be moved",
+            [*map(show.text, ("table", "reason")), show.number("rows")],
+            ((kept.table, kept.reason, kept.rows) for kept in found.kept),
+        )
     show.table(
         "Words outside the enums",
         [*map(show.text, ("table", "column", "word")), show.number("rows")],

@@ -5,32 +5,21 @@ import sqlite3
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from sqlalchemy import (
-    Column,
-    ColumnElement,
     Connection,
-    Dialect,
-    LargeBinary,
-    MetaData,
-    Table,
-    Text,
-    delete,
-    exists,
     func,
-    insert,
-    literal_column,
     select,
-    type_coerce,
 )
 
 from moai_flow.memory.backends import SQLite, translating
 from moai_flow.memory.connections import Held, copy_to
 from moai_flow.memory.engine import log_bytes, path_of_file
 from moai_flow.memory.errors import (
+    ConflictError,
     CorruptDataError,
     InvalidInputError,
     SchemaError,
@@ -40,7 +29,8 @@ from moai_flow.memory.errors import (
 )
 from moai_flow.memory.files import PRIVATE, make_folder, mode_of
 from moai_flow.memory.migrations import time_columns, unnormalised
-from moai_flow.memory.models import TABLES, Record, SchemaInfo, SessionMemory, rowid_column, table_of
+from moai_flow.memory.models import TABLES, SchemaInfo, table_of
+from moai_flow.memory.quarantine import address_of, move_aside
 from moai_flow.memory.scope import Scope
 from moai_flow.memory.statements import RowDecoder, Statement
 from moai_flow.memory.types import EnumText, is_postgresql
@@ -93,6 +83,21 @@ class ForeignTime:
 
 
 @dataclass(frozen=True)
+class KeptRows:
+    """Rows that can't be read, and that could not be moved aside either. They are where they were.
+
+    Attributes:
+        table: The table's name.
+        reason: What is in the way.
+        rows: How many rows it keeps.
+    """
+
+    table: str
+    reason: str
+    rows: int
+
+
+@dataclass(frozen=True)
 class CheckReport:
     """What `SwarmDB.check` found.
 
@@ -104,6 +109,7 @@ class CheckReport:
         unlisted: Words outside the enums. They are readable, and no fault.
         foreign_times: Times in another program's format. They are readable, and no fault.
         quarantined: How many rows were moved into quarantine tables.
+        kept: Rows that were to be moved, and could not be. Empty is good.
         wal_bytes: How large the log of what was not yet moved into the file is; None if the database has no file. Some
             megabytes are usual. It grows while somebody keeps a transaction open, a reader as well.
     """
@@ -115,6 +121,7 @@ class CheckReport:
     unlisted: tuple[UnlistedValue, ...] = ()
     foreign_times: tuple[ForeignTime, ...] = ()
     quarantined: int = 0
+    kept: tuple[KeptRows, ...] = ()
     wal_bytes: int | None = None
 
     @property
@@ -129,7 +136,8 @@ class CheckReport:
         found = {
             _ADVICE_DAMAGE: bool(self.integrity),
             _ADVICE_MOVED.format(rows=_rows(self.quarantined)): bool(self.quarantined),
-            _ADVICE_UNDECODABLE.format(rows=_rows(rows)): bool(rows) and not self.quarantined,
+            _ADVICE_KEPT.format(rows=_rows(sum(kept.rows for kept in self.kept))): bool(self.kept),
+            _ADVICE_UNDECODABLE.format(rows=_rows(rows)): bool(rows) and not self.quarantined and not self.kept,
             _ADVICE_UNLISTED.format(rows=_rows(sum(word.rows for word in self.unlisted))): bool(self.unlisted),
             _ADVICE_TIMES.format(rows=_rows(sum(times.rows for times in self.foreign_times))): bool(self.foreign_times),
             _ADVICE_BUG.format(version=self.sqlite_version): self.has_wal_reset_bug,
@@ -144,8 +152,14 @@ _ADVICE_DAMAGE = (
     "named, sqlite3 swarm.db REINDEX mends them. Ask what the disk's own health check says."
 )
 _ADVICE_MOVED = (
-    "{rows} moved into tables whose names end in _quarantine, whole and as stored; everything else can be read again. "
+    "{rows} moved into tables whose names end in _quarantine, whole and as stored; no call meets them any more. "
     "Look at them with sqlite3 or psql, put right what you need, and drop those tables when you are done."
+)
+_ADVICE_KEPT = (
+    "{rows} could not be moved without a loss, and stay where they were: calls that meet one raise CorruptDataError. "
+    "Where rows of another table refer to them, mend them with SQL, or delete what refers to them first; where a "
+    "trigger keeps them, drop it for as long as it takes; where a quarantine table is not SwarmDB's, rename it. Then "
+    "check again."
 )
 _ADVICE_UNDECODABLE = (
     "{rows} can't be read, and calls that meet one raise CorruptDataError; nothing else is affected. Mend each with "
@@ -297,46 +311,49 @@ class MaintenanceOperations(Scope):
     def check(self, *, quarantine: bool = False) -> CheckReport:
         """Check that the database is sound, and that every row in it can be read.
 
-        It reads every row, so it takes a while on a large database. Others go on reading and writing meanwhile, but
-        with *quarantine* writers wait.
+        It reads every row, so it takes a while on a large database. Others go on reading and writing meanwhile. Where
+        rows are to be moved, it then reads once more, and writers wait.
 
         Args:
             quarantine: Whether to move each row that can't be decoded, whole and as it is stored, into a table beside
                 its own: ``agent_events_quarantine`` and so on. There it is kept, and bothers nobody.
+                A row that could not go without a loss stays: see `CheckReport.kept`.
 
         Returns:
             What was found.
 
         Raises:
-            TransactionError: If rows are to be moved inside a read-only session.
+            TransactionError: With *quarantine*, inside a read-only session.
             BusyError: If rows are to be moved, and another writer keeps the database for longer than the busy timeout.
             StorageError: If the database can't be read.
             ClosedError: After `close`.
         """
-        with self._block(readonly=not quarantine) as block, translating(self._connections.where):
-            connection, raw = block.held.connection, block.held.raw
-            integrity: list[str] = []
-            undecodable: list[CorruptDataError] = []
-            unlisted: Counter[tuple[str, str, str]] = Counter()
-            moved = 0
-            with block.held.backend.reading_leniently(raw):
-                if not self._location.is_on_server:
-                    with _noting_damage(integrity, "integrity_check"):
-                        integrity += [row[0] for row in raw.execute("PRAGMA integrity_check") if row[0] != "ok"]
-                for model in TABLES:
-                    with _noting_damage(integrity, str(model.__tablename__)):
-                        bad_rows = _inspect(block.held, RowDecoder(model, connection.dialect), undecodable, unlisted)
-                        if quarantine and bad_rows:
-                            moved += _move_aside(connection, model, bad_rows)
-            foreign_times = [] if self._location.is_on_server else list(_foreign_times(connection))
+        outer = self._own_block()
+        if quarantine and outer is not None and outer.readonly:
+            raise TransactionError("check(quarantine=True) moves rows, and session(readonly=True) refuses writes")
+        with self._block(readonly=True) as block, translating(self._connections.where):
+            found = _inspected(block.held)
+            foreign_times = [] if self._location.is_on_server else list(_foreign_times(block.held.connection))
+        moved, kept = 0, Counter[tuple[str, str]]()
+        if quarantine and found.bad_rows:
+            try:
+                # Rows may have come and gone meanwhile.
+                with self._block() as block, translating(self._connections.where):
+                    found = _inspected(block.held)
+                    moved, kept = _move_aside(block.held, self._connections.where, found)
+            except (ConflictError, StorageError) as error:
+                # Some triggers end the transaction, and some foreign keys are only looked at as it commits.
+                reason = str(error).removeprefix(f"{self._connections.where}: ")
+                moved, kept = 0, Counter({(name, reason): len(rows) for name, rows in found.bad_rows.items()})
         return CheckReport(
             sqlite_version=sqlite3.sqlite_version,
             has_wal_reset_bug=not self._location.is_on_server and has_wal_reset_bug(sqlite3.sqlite_version_info),
-            integrity=tuple(integrity),
-            undecodable=tuple(undecodable),
-            unlisted=tuple(UnlistedValue(*place, rows) for place, rows in sorted(unlisted.items())),
+            integrity=tuple(found.integrity),
+            undecodable=tuple(found.undecodable),
+            unlisted=tuple(UnlistedValue(*place, rows) for place, rows in sorted(found.unlisted.items())),
             foreign_times=tuple(foreign_times),
             quarantined=moved,
+            kept=tuple(KeptRows(*place, rows) for place, rows in sorted(kept.items())),
             wal_bytes=log_bytes(self._location),
         )
 
@@ -380,61 +397,61 @@ def _foreign_times(connection: Connection) -> Iterator[ForeignTime]:
             yield ForeignTime(str(model.__tablename__), column.name, rows)
 
 
-def _inspect(
-    held: Held,
-    decoder: RowDecoder[Any],
-    undecodable: list[CorruptDataError],
-    unlisted: Counter[tuple[str, str, str]],
-) -> list[Any]:
-    """Add what a table's rows have wrong with them, and return the addresses of those that can't be decoded."""
+@dataclass(frozen=True)
+class _Findings:
+    """What is wrong with a database, and the addresses of the rows that can't be decoded, by table."""
+
+    integrity: list[str] = field(default_factory=list)
+    undecodable: list[CorruptDataError] = field(default_factory=list)
+    unlisted: Counter[tuple[str, str, str]] = field(default_factory=Counter)
+    bad_rows: dict[str, list[Any]] = field(default_factory=dict)
+
+
+def _inspected(held: Held) -> _Findings:
+    """Look at everything, inside a transaction."""
+    found = _Findings()
+    with held.backend.reading_leniently(held.raw):
+        if not is_postgresql(held.connection.dialect):
+            with _noting_damage(found.integrity, "integrity_check"):
+                complaints = held.raw.execute("PRAGMA integrity_check")
+                found.integrity.extend(row[0] for row in complaints if row[0] != "ok")
+        for model in TABLES:
+            with _noting_damage(found.integrity, str(model.__tablename__)):
+                _inspect(held, RowDecoder(model, held.connection.dialect), found)
+    return found
+
+
+def _inspect(held: Held, decoder: RowDecoder[Any], found: _Findings) -> None:
+    """Add what a table's rows have wrong with them."""
     table = table_of(decoder.model)
     vocabularies = [
         (index, column.name, column.type.vocabulary)
         for index, column in enumerate(table.columns)
         if isinstance(column.type, EnumText)
     ]
-    bad_rows = []
     dialect = held.connection.dialect
-    everything = str(select(*table.columns, _address(decoder.model, dialect)).compile(dialect=dialect))
+    everything = str(select(*table.columns, address_of(decoder.model, dialect)).compile(dialect=dialect))
     for chunk in held.backend.chunks(held.raw, everything, _CHUNK):
         rows = [row[:-1] for row in chunk]
         if not decoder.are_sound(rows):
             for row, (*_, address) in zip(rows, chunk, strict=True):
                 if faults := decoder.faults(row):
-                    undecodable.extend(faults)
-                    bad_rows.append(address)
+                    found.undecodable.extend(faults)
+                    found.bad_rows.setdefault(table.name, []).append(address)
         for index, name, vocabulary in vocabularies:
             for word, times in Counter(row[index] for row in rows).items():
                 if isinstance(word, str) and not vocabulary.read(word).is_listed:
-                    unlisted[table.name, name, word] += times
-    return bad_rows
+                    found.unlisted[table.name, name, word] += times
 
 
-def _address(model: type[Record], dialect: Dialect) -> ColumnElement[Any]:
-    """Return what tells a table's rows apart, whatever they hold, as long as the transaction lasts."""
-    if not is_postgresql(dialect):
-        return rowid_column
-    number = next((column for column in table_of(model).primary_key if column.identity), None)
-    return literal_column("ctid::text", Text) if number is None else number
-
-
-def _move_aside(connection: Connection, model: type[Record], addresses: list[Any]) -> int:
-    """Move rows, as they are stored, into the table's quarantine, and return how many those are."""
-    table, dialect = table_of(model), connection.dialect
-    # On SQLite, BLOB columns keep whatever they are given; a server's columns hold nothing but their type.
-    columns = (Column(column.name, column.type if is_postgresql(dialect) else LargeBinary) for column in table.columns)
-    quarantine = Table(f"{table.name}_quarantine", MetaData(), *columns)
-    quarantine.create(connection, checkfirst=True)
+def _move_aside(held: Held, where: str, found: _Findings) -> tuple[int, Counter[tuple[str, str]]]:
+    """Move the rows that were found, and return how many went, and how many did not, by table and reason."""
     moved = 0
-    for address in addresses:
-        condition: ColumnElement[bool] = _address(model, dialect) == address
-        if model is SessionMemory:
-            # With it goes what it replaced: else an older value of the key would come back.
-            bad = table.alias()
-            same_key = (table.c[name] == bad.c[name] for name in ("session_id", "memory_type", "key"))
-            condition = exists().where(bad.c.id == address, table.c.id <= bad.c.id, *same_key)
-        whole_rows = select(*(type_coerce(column, LargeBinary) for column in table.columns)).where(condition)
-        copied = insert(quarantine).from_select(quarantine.columns.keys(), whole_rows)
-        moved += connection.execute(copied, execution_options={"preserve_rowcount": True}).rowcount
-        connection.execute(delete(table).where(condition))
-    return moved
+    kept: Counter[tuple[str, str]] = Counter()
+    with held.backend.reading_leniently(held.raw):
+        for model in TABLES:
+            name = str(model.__tablename__)
+            went, stayed = move_aside(held, where, model, found.bad_rows.get(name, []))
+            moved += went
+            kept.update({(name, reason): rows for reason, rows in stayed.items()})
+    return moved, kept
