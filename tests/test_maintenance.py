@@ -28,6 +28,7 @@ from moai_flow.memory import (
     SchemaError,
     StorageError,
     SwarmDB,
+    TableFault,
     TransactionError,
     UnlistedValue,
 )
@@ -274,6 +275,7 @@ OTHER_ROW = CorruptDataError("agent_registry", "status", {"agent_id": "a"}, "hol
     ("found", "said"),
     [
         ({"integrity": ("row 1 missing from index",)}, "The file is damaged.*last backup.*REINDEX"),
+        ({"tables": (TableFault("t", "is missing"),)}, "^A table is not as SwarmDB makes it.*DELETE FROM schema_info"),
         ({"undecodable": (ERROR, SAME_ROW)}, "^1 row can't be read.*swarmdb check --quarantine"),
         ({"undecodable": (ERROR, SAME_ROW, OTHER_ROW)}, "^2 rows can't be read"),
         ({"undecodable": (ERROR,), "quarantined": 3}, "^3 rows moved into tables whose names end in _quarantine"),
@@ -684,10 +686,15 @@ def test_what_older_programs_wrote_as_json_is_read(local_db: SwarmDB) -> None:
         assert local_db.check().ok
 
 
-def test_a_missing_table_is_a_storage_error(db: SwarmDB) -> None:
+def test_a_missing_table_or_column_is_named_and_can_be_made_again(db: SwarmDB) -> None:
     run(db, "DROP TABLE swarm_metrics")
-    with pytest.raises(StorageError, match="swarm_metrics"):
-        db.check()
+    run(db, "ALTER TABLE agent_events RENAME COLUMN event_type TO kind")
+    report = db.check()
+    assert not report.ok
+    assert report.tables == (
+        TableFault("agent_events", "has no column event_type"),
+        TableFault("swarm_metrics", "is missing"),
+    )
     with pytest.raises(StorageError, match="swarm_metrics"):
         db.get_swarm_metrics()
 
@@ -707,3 +714,38 @@ def test_a_damaged_file_is_reported(path: Path) -> None:
         report = db.check()
         assert not report.ok
         assert report.integrity
+
+
+def zeroed(path: Path, name: str) -> None:
+    """Overwrite the first page of a table or an index with zeros."""
+    ((root,),) = execute(path, f"SELECT rootpage FROM sqlite_master WHERE name = '{name}'")
+    content = bytearray(path.read_bytes())
+    content[(root - 1) * 4096 : root * 4096] = bytes(4096)
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    "name", ["agent_events", "agent_registry", "session_memory", "task_metrics", "idx_agent_events_timestamp"]
+)
+@pytest.mark.parametrize("quarantine", [False, True])
+def test_wherever_the_damage_is_the_rest_is_checked_and_nothing_is_written(
+    path: Path,
+    name: str,
+    quarantine: bool,  # noqa: FBT001
+) -> None:
+    with SwarmDB(path) as db:
+        event(db, "a", GOOD)
+        db.store_agent_metric("bad", "duration", 1.0)
+        run(db, "UPDATE agent_metrics SET metadata = '{'")
+    zeroed(path, name)
+    before = path.read_bytes()
+    with SwarmDB(path) as db:
+        report = db.check(quarantine=quarantine)
+
+    assert not report.ok
+    assert report.integrity
+    assert [(fault.table, fault.column) for fault in report.undecodable] == [("agent_metrics", "metadata")]
+    assert report.quarantined == 0
+    kept = KeptRows("agent_metrics", "the file is damaged, and nothing is written into it", 1)
+    assert report.kept == ((kept,) if quarantine else ())
+    assert path.read_bytes() == before

@@ -13,6 +13,7 @@ from moai_flow.memory import (
     KeptRows,
     RetentionPolicy,
     SwarmDB,
+    TableFault,
     UnlistedValue,
 )
 
@@ -56,11 +57,14 @@ def report(db: SwarmDB) -> None:
     assert_type(found.unlisted, tuple[UnlistedValue, ...])
     assert_type(found.foreign_times, tuple[ForeignTime, ...])
     assert_type(found.quarantined, int)
+    assert_type(found.tables, tuple[TableFault, ...])
     assert_type(found.kept, tuple[KeptRows, ...])
     assert_type(found.wal_bytes, int | None)
     assert_type(found.advice, tuple[str, ...])
     for word in found.unlisted:
         assert_type((word.table, word.column, word.value, word.rows), tuple[str, str, str, int])
+    for fault in found.tables:
+        assert_type((fault.table, fault.reason), tuple[str, str])
     for kept in found.kept:
         assert_type((kept.table, kept.reason, kept.rows), tuple[str, str, int])
     for times in found.foreign_times:

@@ -351,9 +351,10 @@ def is_of_database(error: Exception) -> bool:
 
 
 def is_damage(error: Exception) -> bool:
-    """Whether *error*, from SQLite or from SQLAlchemy, says that the file is damaged, or is no database at all."""
-    if isinstance(error, StatementError) and isinstance(error.orig, Exception):
-        return is_damage(error.orig)
+    """Whether *error*, from SQLite or for that reason, says that the file is damaged, or is no database at all."""
+    if isinstance(error, StatementError | StorageError):
+        cause = error.orig if isinstance(error, StatementError) else error.__cause__
+        return isinstance(cause, Exception) and is_damage(cause)
     return isinstance(error, UnicodeDecodeError) or getattr(error, "sqlite_errorcode", 0) & 0xFF in _DAMAGE
 
 

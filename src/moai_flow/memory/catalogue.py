@@ -4,7 +4,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from sqlalchemy import Connection, TableClause, TextClause, column, table, text
+from sqlalchemy import Connection, Table, TableClause, TextClause, column, table, text
 
 from moai_flow.memory.types import is_postgresql
 
@@ -13,6 +13,10 @@ _COLUMNS_ON_SERVER = text("""
     SELECT attname, format_type(atttypid, atttypmod) FROM pg_attribute JOIN pg_class ON pg_class.oid = attrelid
     WHERE attrelid = to_regclass(:name) AND relkind IN ('r', 'p') AND attnum > 0 AND NOT attisdropped ORDER BY attnum
 """)
+_KIND_IN_FILE = text("""
+    SELECT type FROM sqlite_master WHERE name = :name COLLATE NOCASE AND type IN ('table', 'view')
+""")
+_KIND_ON_SERVER = text("SELECT relkind::text FROM pg_class WHERE oid = to_regclass(:name)")
 _REFERENCES_IN_FILE = text("""
     SELECT found.name || ' ' || key.id, NULL, found.name, key."from",
         coalesce(key."to", (SELECT name FROM pragma_table_xinfo(:name) AS part WHERE part.pk = key.seq + 1))
@@ -51,6 +55,21 @@ def columns_of(connection: Connection, name: str) -> dict[str, str]:
     """
     query = _COLUMNS_ON_SERVER if is_postgresql(connection.dialect) else _COLUMNS_IN_FILE
     return {row[0]: row[1] for row in connection.execute(query, {"name": name})}
+
+
+def fault_of(connection: Connection, wanted: Table) -> str | None:
+    """Return what is wrong with a table, as words that follow its name; None if it can be read and written."""
+    on_server = is_postgresql(connection.dialect)
+    kind = connection.scalar(_KIND_ON_SERVER if on_server else _KIND_IN_FILE, {"name": wanted.name})
+    if kind not in _TABLES:
+        return "is missing" if kind is None else "is no table"
+    present = columns_of(connection, wanted.name)
+    missing = [part.name for part in wanted.columns if part.name not in present]
+    return f"has no column {', '.join(missing)}" if missing else None
+
+
+#: What kinds of tables are called: in a file; on a server, and there with partitions.
+_TABLES = ("table", "r", "p")
 
 
 def references_to(connection: Connection, name: str, columns: Iterable[str]) -> Sequence[Reference]:

@@ -14,8 +14,10 @@ from sqlalchemy import (
     func,
     select,
 )
+from sqlalchemy.exc import DBAPIError
 
-from moai_flow.memory.backends import SQLite, translating
+from moai_flow.memory.backends import SQLite, is_damage, translated, translating
+from moai_flow.memory.catalogue import fault_of
 from moai_flow.memory.connections import Held, copy_to
 from moai_flow.memory.engine import log_bytes, path_of_file
 from moai_flow.memory.errors import (
@@ -29,7 +31,7 @@ from moai_flow.memory.errors import (
 )
 from moai_flow.memory.files import PRIVATE, make_folder, mode_of
 from moai_flow.memory.migrations import time_columns, unnormalised
-from moai_flow.memory.models import TABLES, SchemaInfo, table_of
+from moai_flow.memory.models import TABLES, Record, SchemaInfo, table_of
 from moai_flow.memory.quarantine import address_of, move_aside
 from moai_flow.memory.scope import Scope
 from moai_flow.memory.statements import RowDecoder, Statement
@@ -83,6 +85,19 @@ class ForeignTime:
 
 
 @dataclass(frozen=True)
+class TableFault:
+    """A table that is not as SwarmDB needs it, so that calls which use it fail. Its rows were not looked at.
+
+    Attributes:
+        table: The table's name.
+        reason: What is wrong with it, as words that follow the name.
+    """
+
+    table: str
+    reason: str
+
+
+@dataclass(frozen=True)
 class KeptRows:
     """Rows that can't be read, and that could not be moved aside either. They are where they were.
 
@@ -105,6 +120,7 @@ class CheckReport:
         sqlite_version: The version of SQLite in use.
         has_wal_reset_bug: Whether that version has a rare bug that can corrupt a file in WAL mode.
         integrity: What SQLite's own integrity check complains about. Empty is good.
+        tables: Tables that calls can't use as they are. Empty is good.
         undecodable: An error for each value that can't be decoded. Empty is good.
         unlisted: Words outside the enums. They are readable, and no fault.
         foreign_times: Times in another program's format. They are readable, and no fault.
@@ -117,6 +133,7 @@ class CheckReport:
     sqlite_version: str
     has_wal_reset_bug: bool
     integrity: tuple[str, ...] = ()
+    tables: tuple[TableFault, ...] = ()
     undecodable: tuple[CorruptDataError, ...] = ()
     unlisted: tuple[UnlistedValue, ...] = ()
     foreign_times: tuple[ForeignTime, ...] = ()
@@ -126,15 +143,16 @@ class CheckReport:
 
     @property
     def ok(self) -> bool:
-        """Whether the file is sound, and every row can be read."""
-        return not self.integrity and len(self.undecodable) == 0
+        """Whether the file and its tables are sound, and every row can be read."""
+        return not self.integrity and not self.tables and len(self.undecodable) == 0
 
     @property
     def advice(self) -> tuple[str, ...]:
         """What to do about it, a sentence or two for each kind of finding, the worst first. Empty if all is well."""
         rows = len({(error.table, *map(repr, error.row.items())) for error in self.undecodable})
         found = {
-            _ADVICE_DAMAGE: bool(self.integrity),
+            ADVICE_DAMAGE: bool(self.integrity),
+            _ADVICE_TABLES: bool(self.tables),
             _ADVICE_MOVED.format(rows=_rows(self.quarantined)): bool(self.quarantined),
             _ADVICE_KEPT.format(rows=_rows(sum(kept.rows for kept in self.kept))): bool(self.kept),
             _ADVICE_UNDECODABLE.format(rows=_rows(rows)): bool(rows) and not self.quarantined and not self.kept,
@@ -145,11 +163,17 @@ class CheckReport:
         return tuple(sentence for sentence, is_due in found.items() if is_due)
 
 
-_ADVICE_DAMAGE = (
+#: What to do about a damaged file, also where it can't even be opened.
+ADVICE_DAMAGE = (
     "The file is damaged: a disk, a crash of the machine or another program has written over parts of it. Stop the "
     "programs that use it, and keep a copy of the file with its -wal and -shm as they are. Then take the last backup "
     "that checks well, or save what can be read: sqlite3 swarm.db .recover | sqlite3 saved.db. If only indexes are "
     "named, sqlite3 swarm.db REINDEX mends them. Ask what the disk's own health check says."
+)
+_ADVICE_TABLES = (
+    "A table is not as SwarmDB makes it, and calls that use it fail. Rename what is in its place, if anything is, then "
+    "DELETE FROM schema_info WHERE key = 'version': whoever opens the database next makes what is missing. Copy the "
+    "rows into it with INSERT INTO ... SELECT. Find out which program changed it."
 )
 _ADVICE_MOVED = (
     "{rows} moved into tables whose names end in _quarantine, whole and as stored; no call meets them any more. "
@@ -333,9 +357,10 @@ class MaintenanceOperations(Scope):
             raise TransactionError("check(quarantine=True) moves rows, and session(readonly=True) refuses writes")
         with self._block(readonly=True) as block, translating(self._connections.where):
             found = _inspected(block.held)
-            foreign_times = [] if self._location.is_on_server else list(_foreign_times(block.held.connection))
         moved, kept = 0, Counter[tuple[str, str]]()
-        if quarantine and found.bad_rows:
+        if quarantine and found.bad_rows and found.integrity:
+            kept = found.kept_for(_DAMAGED)
+        elif quarantine and found.bad_rows:
             try:
                 # Rows may have come and gone meanwhile.
                 with self._block() as block, translating(self._connections.where):
@@ -344,14 +369,15 @@ class MaintenanceOperations(Scope):
             except (ConflictError, StorageError) as error:
                 # Some triggers end the transaction, and some foreign keys are only looked at as it commits.
                 reason = str(error).removeprefix(f"{self._connections.where}: ")
-                moved, kept = 0, Counter({(name, reason): len(rows) for name, rows in found.bad_rows.items()})
+                moved, kept = 0, found.kept_for(reason)
         return CheckReport(
             sqlite_version=sqlite3.sqlite_version,
             has_wal_reset_bug=not self._location.is_on_server and has_wal_reset_bug(sqlite3.sqlite_version_info),
             integrity=tuple(found.integrity),
+            tables=tuple(found.tables),
             undecodable=tuple(found.undecodable),
             unlisted=tuple(UnlistedValue(*place, rows) for place, rows in sorted(found.unlisted.items())),
-            foreign_times=tuple(foreign_times),
+            foreign_times=tuple(found.foreign_times),
             quarantined=moved,
             kept=tuple(KeptRows(*place, rows) for place, rows in sorted(kept.items())),
             wal_bytes=log_bytes(self._location),
@@ -385,15 +411,15 @@ def _noting_damage(integrity: list[str], place: str) -> Iterator[None]:
     """Note that SQLite found the file damaged, instead of ending the check there."""
     try:
         yield
-    except sqlite3.DatabaseError as error:
-        if getattr(error, "sqlite_errorcode", 0) & 0xFF != sqlite3.SQLITE_CORRUPT:
+    except (sqlite3.Error, UnicodeDecodeError, DBAPIError) as error:
+        if not is_damage(error):
             raise
-        integrity.append(f"{place}: {error}")
+        integrity.append(str(translated(error, place)))
 
 
-def _foreign_times(connection: Connection) -> Iterator[ForeignTime]:
-    for model, column in time_columns():
-        if rows := connection.scalar(select(func.count()).where(unnormalised(column))):
+def _foreign_times(connection: Connection, model: type[Record]) -> Iterator[ForeignTime]:
+    for owner, column in time_columns():
+        if owner is model and (rows := connection.scalar(select(func.count()).where(unnormalised(column)))):
             yield ForeignTime(str(model.__tablename__), column.name, rows)
 
 
@@ -402,22 +428,37 @@ class _Findings:
     """What is wrong with a database, and the addresses of the rows that can't be decoded, by table."""
 
     integrity: list[str] = field(default_factory=list)
+    tables: list[TableFault] = field(default_factory=list)
     undecodable: list[CorruptDataError] = field(default_factory=list)
     unlisted: Counter[tuple[str, str, str]] = field(default_factory=Counter)
+    foreign_times: list[ForeignTime] = field(default_factory=list)
     bad_rows: dict[str, list[Any]] = field(default_factory=dict)
+
+    def kept_for(self, reason: str) -> Counter[tuple[str, str]]:
+        """Return how many rows are kept, by table, where all are for one reason."""
+        return Counter({(table, reason): len(rows) for table, rows in self.bad_rows.items()})
+
+
+_DAMAGED = "the file is damaged, and nothing is written into it"
 
 
 def _inspected(held: Held) -> _Findings:
     """Look at everything, inside a transaction."""
-    found = _Findings()
+    found, connection = _Findings(), held.connection
+    is_on_server = is_postgresql(connection.dialect)
     with held.backend.reading_leniently(held.raw):
-        if not is_postgresql(held.connection.dialect):
+        if not is_on_server:
             with _noting_damage(found.integrity, "integrity_check"):
                 complaints = held.raw.execute("PRAGMA integrity_check")
                 found.integrity.extend(row[0] for row in complaints if row[0] != "ok")
         for model in TABLES:
             with _noting_damage(found.integrity, str(model.__tablename__)):
-                _inspect(held, RowDecoder(model, held.connection.dialect), found)
+                if (fault := fault_of(connection, table_of(model))) is not None:
+                    found.tables.append(TableFault(str(model.__tablename__), fault))
+                    continue
+                _inspect(held, RowDecoder(model, connection.dialect), found)
+                if not is_on_server:
+                    found.foreign_times.extend(_foreign_times(connection, model))
     return found
 
 
