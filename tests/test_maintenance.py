@@ -266,6 +266,7 @@ def test_a_sound_database_checks_ok(db: SwarmDB) -> None:
     assert report.has_wal_reset_bug == (affected and not db._location.is_on_server)
 
 
+USED_UP = "has used up its numbers: a row has 9223372036854775807, and none can be added"
 ERROR = CorruptDataError("agent_events", "metadata", {"id": 1}, "holds '{'")
 SAME_ROW = CorruptDataError("agent_events", "timestamp", {"id": 1}, "holds 'soon'")
 OTHER_ROW = CorruptDataError("agent_registry", "status", {"agent_id": "a"}, "holds NULL")
@@ -276,6 +277,7 @@ OTHER_ROW = CorruptDataError("agent_registry", "status", {"agent_id": "a"}, "hol
     [
         ({"integrity": ("row 1 missing from index",)}, "The file is damaged.*last backup.*REINDEX"),
         ({"tables": (TableFault("t", "is missing"),)}, "^A table is not as SwarmDB makes it.*DELETE FROM schema_info"),
+        ({"tables": (TableFault("t", USED_UP),)}, "^A program gave a row the highest number.*UPDATE sqlite_sequence"),
         ({"undecodable": (ERROR, SAME_ROW)}, "^1 row can't be read.*swarmdb check --quarantine"),
         ({"undecodable": (ERROR, SAME_ROW, OTHER_ROW)}, "^2 rows can't be read"),
         ({"undecodable": (ERROR,), "quarantined": 3}, "^3 rows moved into tables whose names end in _quarantine"),
@@ -686,17 +688,95 @@ def test_what_older_programs_wrote_as_json_is_read(local_db: SwarmDB) -> None:
         assert local_db.check().ok
 
 
-def test_a_missing_table_or_column_is_named_and_can_be_made_again(db: SwarmDB) -> None:
-    run(db, "DROP TABLE swarm_metrics")
-    run(db, "ALTER TABLE agent_events RENAME COLUMN event_type TO kind")
-    report = db.check()
+@pytest.mark.parametrize("kind", ["file", "postgresql"])
+def test_a_missing_table_or_column_is_named_and_can_be_made_again(
+    request: pytest.FixtureRequest, path: Path, kind: str
+) -> None:
+    url = url_of(kind, path, request)
+    with SwarmDB(url=url) as db:
+        run(db, "DROP TABLE swarm_metrics")
+        run(db, "ALTER TABLE agent_events RENAME COLUMN event_type TO kind")
+        report = db.check()
+        assert not report.ok
+        assert report.tables == (
+            TableFault("agent_events", "has no column event_type"),
+            TableFault("swarm_metrics", "is missing"),
+        )
+        with pytest.raises(StorageError, match="swarm_metrics"):
+            db.get_swarm_metrics()
+
+        # As the advice says.
+        run(db, "ALTER TABLE agent_events RENAME COLUMN kind TO event_type")
+        run(db, "DELETE FROM schema_info WHERE key = 'version'")
+        SwarmDB(url=url).close()
+        assert db.check().tables == ()
+        assert db.get_swarm_metrics() == []
+
+
+@pytest.mark.parametrize("kind", ["VIEW", "MATERIALIZED VIEW"])
+def test_a_view_in_the_place_of_a_table_is_named(shared: tuple[SwarmDB, Path | str], kind: str) -> None:
+    db, where = shared
+    if kind.startswith("M") and not isinstance(where, str):
+        kind = "VIEW"  # SQLite has no other.
+    execute(where, "ALTER TABLE agent_events RENAME TO other", f"CREATE {kind} agent_events AS SELECT * FROM other")
+    assert db.check(quarantine=True).tables == (TableFault("agent_events", "is no table"),)
+
+    # As the advice says.
+    execute(where, f"DROP {kind} agent_events", "ALTER TABLE other RENAME TO agent_events")
+    assert db.check(quarantine=True).tables == ()
+    assert [event.agent_id for event in db.get_events()] == ["last", "first"]
+
+
+def test_a_table_without_rowid_is_named(path: Path) -> None:
+    with SwarmDB(path) as db:
+        db.register_agent("a", "t")
+        ((made,),) = execute(path, "SELECT sql FROM sqlite_master WHERE name = 'agent_registry'")
+        indexes = execute(
+            path, "SELECT name, sql FROM sqlite_master WHERE tbl_name = 'agent_registry' AND name LIKE 'idx%'"
+        )
+        execute(
+            path,
+            "ALTER TABLE agent_registry RENAME TO other",
+            f"{made} WITHOUT ROWID",
+            "INSERT INTO agent_registry SELECT * FROM other",
+            "DROP TABLE other",
+            *(sql for _, sql in indexes),
+        )
+        assert db.check(quarantine=True).tables == (TableFault("agent_registry", "is WITHOUT ROWID"),)
+    execute(path, "DELETE FROM schema_info WHERE key = 'version'")
+    with pytest.raises(SchemaError, match="its table agent_registry is WITHOUT ROWID"):
+        SwarmDB(path)
+
+    # As the advice says.
+    execute(path, "ALTER TABLE agent_registry RENAME TO was", *(f"DROP INDEX {name}" for name, _ in indexes))
+    with SwarmDB(path) as db:
+        execute(path, "INSERT INTO agent_registry SELECT * FROM was")
+        assert db.check().ok
+        assert [agent.agent_id for agent in db.list_agents()] == ["a"]
+
+
+@pytest.mark.parametrize("table", ["agent_events", "session_memory"])
+def test_numbers_that_are_used_up_are_named(local_db: SwarmDB, table: str) -> None:
+    def write() -> None:
+        event(local_db, "a", GOOD)
+        local_db.store_memory("s", "semantic", "k", 1)
+
+    write()
+    run(local_db, f"UPDATE {table} SET id = 9223372036854775806")
+    run(local_db, f"UPDATE sqlite_sequence SET seq = 9223372036854775806 WHERE name = '{table}'")
+    assert local_db.check().ok
+    write()
+    report = local_db.check()
     assert not report.ok
-    assert report.tables == (
-        TableFault("agent_events", "has no column event_type"),
-        TableFault("swarm_metrics", "is missing"),
-    )
-    with pytest.raises(StorageError, match="swarm_metrics"):
-        db.get_swarm_metrics()
+    assert report.tables == (TableFault(table, USED_UP),)
+    with pytest.raises(StorageError, match="full"):
+        write()
+
+    # As the advice says.
+    run(local_db, f"UPDATE {table} SET id = 1000000 + id % 2")
+    run(local_db, f"UPDATE sqlite_sequence SET seq = (SELECT max(id) FROM {table}) WHERE name = '{table}'")
+    assert local_db.check().ok
+    write()
 
 
 def test_a_damaged_file_is_reported(path: Path) -> None:

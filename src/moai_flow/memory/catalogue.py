@@ -1,11 +1,14 @@
 """What a database really has: other programs may add columns to our tables, and rows that refer to theirs."""
 
+import sqlite3
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from sqlalchemy import Connection, Table, TableClause, TextClause, column, table, text
+from sqlalchemy import Connection, Table, TableClause, TextClause, column, select, table, text
+from sqlalchemy.exc import OperationalError
 
+from moai_flow.memory.models import rowid_column
 from moai_flow.memory.types import is_postgresql
 
 _COLUMNS_IN_FILE = text("SELECT name, type FROM pragma_table_xinfo(:name)")
@@ -17,6 +20,7 @@ _KIND_IN_FILE = text("""
     SELECT type FROM sqlite_master WHERE name = :name COLLATE NOCASE AND type IN ('table', 'view')
 """)
 _KIND_ON_SERVER = text("SELECT relkind::text FROM pg_class WHERE oid = to_regclass(:name)")
+_USED_UP = text("SELECT seq FROM sqlite_sequence WHERE name = :name COLLATE NOCASE AND seq >= 9223372036854775807")
 _REFERENCES_IN_FILE = text("""
     SELECT found.name || ' ' || key.id, NULL, found.name, key."from",
         coalesce(key."to", (SELECT name FROM pragma_table_xinfo(:name) AS part WHERE part.pk = key.seq + 1))
@@ -65,7 +69,30 @@ def fault_of(connection: Connection, wanted: Table) -> str | None:
         return "is missing" if kind is None else "is no table"
     present = columns_of(connection, wanted.name)
     missing = [part.name for part in wanted.columns if part.name not in present]
-    return f"has no column {', '.join(missing)}" if missing else None
+    if missing:
+        return f"has no column {', '.join(missing)}"
+    return None if on_server or _has_rowid(connection, wanted) else WITHOUT_ROWID
+
+
+def _has_rowid(connection: Connection, wanted: Table) -> bool:
+    try:
+        connection.execute(select(rowid_column).select_from(wanted).limit(0))
+    except OperationalError as error:
+        if getattr(error.orig, "sqlite_errorcode", None) != sqlite3.SQLITE_ERROR:  # Anything but a missing column.
+            raise
+        return False
+    return True
+
+
+#: What is said of a table that SQLite keeps by its key.
+WITHOUT_ROWID = "is WITHOUT ROWID"
+
+
+def has_used_up_its_numbers(connection: Connection, name: str) -> bool:
+    """Whether a table in a file counts its rows, and has counted as far as SQLite can: no row can be added."""
+    if connection.scalar(_KIND_IN_FILE, {"name": "sqlite_sequence"}) is None:
+        return False
+    return connection.scalar(_USED_UP, {"name": name}) is not None
 
 
 #: What kinds of tables are called: in a file; on a server, and there with partitions.

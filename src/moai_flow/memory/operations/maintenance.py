@@ -17,7 +17,7 @@ from sqlalchemy import (
 from sqlalchemy.exc import DBAPIError
 
 from moai_flow.memory.backends import SQLite, is_damage, translated, translating
-from moai_flow.memory.catalogue import fault_of
+from moai_flow.memory.catalogue import fault_of, has_used_up_its_numbers
 from moai_flow.memory.connections import Held, copy_to
 from moai_flow.memory.engine import log_bytes, path_of_file
 from moai_flow.memory.errors import (
@@ -86,7 +86,7 @@ class ForeignTime:
 
 @dataclass(frozen=True)
 class TableFault:
-    """A table that is not as SwarmDB needs it, so that calls which use it fail. Its rows were not looked at.
+    """A table that is not as SwarmDB needs it, so that calls which use it fail.
 
     Attributes:
         table: The table's name.
@@ -152,7 +152,8 @@ class CheckReport:
         rows = len({(error.table, *map(repr, error.row.items())) for error in self.undecodable})
         found = {
             ADVICE_DAMAGE: bool(self.integrity),
-            _ADVICE_TABLES: bool(self.tables),
+            _ADVICE_TABLES: any(fault.reason != _USED_UP for fault in self.tables),
+            _ADVICE_USED_UP: any(fault.reason == _USED_UP for fault in self.tables),
             _ADVICE_MOVED.format(rows=_rows(self.quarantined)): bool(self.quarantined),
             _ADVICE_KEPT.format(rows=_rows(sum(kept.rows for kept in self.kept))): bool(self.kept),
             _ADVICE_UNDECODABLE.format(rows=_rows(rows)): bool(rows) and not self.quarantined and not self.kept,
@@ -171,9 +172,16 @@ ADVICE_DAMAGE = (
     "named, sqlite3 swarm.db REINDEX mends them. Ask what the disk's own health check says."
 )
 _ADVICE_TABLES = (
-    "A table is not as SwarmDB makes it, and calls that use it fail. Rename what is in its place, if anything is, then "
-    "DELETE FROM schema_info WHERE key = 'version': whoever opens the database next makes what is missing. Copy the "
-    "rows into it with INSERT INTO ... SELECT. Find out which program changed it."
+    "A table is not as SwarmDB makes it: calls that use it fail, and its rows were not looked at. Put the table back "
+    "under its name. If there is none any more, rename what has the name, drop the indexes of that, and DELETE FROM "
+    "schema_info WHERE key = 'version': whoever opens the database next makes what is missing, and rows can be copied "
+    "into it. Find out which program changed it."
+)
+_USED_UP = "has used up its numbers: a row has 9223372036854775807, and none can be added"
+_ADVICE_USED_UP = (
+    "A program gave a row the highest number that there is, and SQLite says that the disk is full when another is "
+    "added. Give that row a free number, such as UPDATE agent_events SET id = 1000000 WHERE id = 9223372036854775807, "
+    "and then UPDATE sqlite_sequence SET seq = (SELECT max(id) FROM agent_events) WHERE name = 'agent_events'."
 )
 _ADVICE_MOVED = (
     "{rows} moved into tables whose names end in _quarantine, whole and as stored; no call meets them any more. "
@@ -458,6 +466,8 @@ def _inspected(held: Held) -> _Findings:
                     continue
                 _inspect(held, RowDecoder(model, connection.dialect), found)
                 if not is_on_server:
+                    if has_used_up_its_numbers(connection, str(model.__tablename__)):
+                        found.tables.append(TableFault(str(model.__tablename__), _USED_UP))
                     found.foreign_times.extend(_foreign_times(connection, model))
     return found
 
