@@ -18,9 +18,9 @@ LAYERS = [
     ["files", "patience", "types", "workers"],
     ["aggregates", "inputs", "models"],
     ["backends", "engine"],
-    ["statements"],
+    ["catalogue", "statements"],
     ["connections"],
-    ["migrations"],
+    ["migrations", "quarantine"],
     ["scope"],
     [
         "operations.agents",

@@ -5,15 +5,18 @@ import sqlite3
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import psycopg
 import pytest
+from sqlalchemy import make_url
 
-from conftest import Clock
+from conftest import Clock, url_of
 from moai_flow.memory import (
     BusyError,
     CheckReport,
@@ -21,9 +24,11 @@ from moai_flow.memory import (
     EventData,
     ForeignTime,
     InvalidInputError,
+    KeptRows,
     SchemaError,
     StorageError,
     SwarmDB,
+    TableFault,
     TransactionError,
     UnlistedValue,
 )
@@ -300,6 +305,7 @@ def test_a_sound_database_checks_ok(db: SwarmDB) -> None:
     assert report.has_wal_reset_bug == (affected and not db._location.is_on_server)
 
 
+USED_UP = "has used up its numbers: a row has 9223372036854775807, and none can be added"
 ERROR = CorruptDataError("agent_events", "metadata", {"id": 1}, "holds '{'")
 SAME_ROW = CorruptDataError("agent_events", "timestamp", {"id": 1}, "holds 'soon'")
 OTHER_ROW = CorruptDataError("agent_registry", "status", {"agent_id": "a"}, "holds NULL")
@@ -309,9 +315,12 @@ OTHER_ROW = CorruptDataError("agent_registry", "status", {"agent_id": "a"}, "hol
     ("found", "said"),
     [
         ({"integrity": ("row 1 missing from index",)}, "The file is damaged.*last backup.*REINDEX"),
+        ({"tables": (TableFault("t", "is missing"),)}, "^A table is not as SwarmDB makes it.*DELETE FROM schema_info"),
+        ({"tables": (TableFault("t", USED_UP),)}, "^A program gave a row the highest number.*UPDATE sqlite_sequence"),
         ({"undecodable": (ERROR, SAME_ROW)}, "^1 row can't be read.*swarmdb check --quarantine"),
         ({"undecodable": (ERROR, SAME_ROW, OTHER_ROW)}, "^2 rows can't be read"),
         ({"undecodable": (ERROR,), "quarantined": 3}, "^3 rows moved into tables whose names end in _quarantine"),
+        ({"undecodable": (ERROR,), "kept": (KeptRows("t", "r", 2),)}, "^2 rows could not be moved without a loss"),
         ({"unlisted": (UnlistedValue("agent_events", "event_type", "x", 5),)}, "^5 rows with words.*nothing to do"),
         ({"foreign_times": (ForeignTime("agent_events", "timestamp", 1200),)}, "^1,200 rows with times"),
         ({"has_wal_reset_bug": True}, r"^SQLite 3\.40\.1 has a rare bug.*3\.51\.3"),
@@ -450,6 +459,236 @@ def test_quarantine_of_a_memory_takes_what_it_replaced_along(local_db: SwarmDB) 
     assert len(contents(local_db, "session_memory_quarantine")) == 3
 
 
+def test_a_memory_of_no_type_is_moved_with_what_it_replaced(path: Path) -> None:
+    with SwarmDB(path) as db:
+        (made,) = execute(path, "SELECT sql FROM sqlite_master WHERE name = 'session_memory'")
+        execute(path, "DROP TABLE session_memory", made[0].replace("memory_type TEXT NOT NULL", "memory_type TEXT"))
+        for memory_type in (None, None, "semantic"):
+            run(db, MEMORY + "('s', ?, 'k', '1', ?, NULL, ?)", memory_type, GOOD, GOOD)
+        report = db.check(quarantine=True)
+        assert (report.quarantined, report.kept) == (2, ())
+        assert db.check().ok
+        assert db.get_memory("s", "semantic", "k") == 1
+
+
+# What other programs add
+
+
+def execute(where: Path | str, *statements: str) -> list[Any]:
+    """Run SQL as another program would, and return the last statement's rows."""
+    with connected(where) as connection:
+        for statement in statements:
+            cursor = connection.execute(statement)
+        rows = cursor.fetchall() if cursor.description else []
+        connection.commit()
+    return rows
+
+
+def connected(where: Path | str) -> Any:
+    if isinstance(where, Path):
+        return closing(sqlite3.connect(where))
+    return closing(psycopg.connect(make_url(where).set(drivername="postgresql").render_as_string(hide_password=False)))
+
+
+@pytest.fixture(params=["file", "postgresql"])
+def shared(request: pytest.FixtureRequest, path: Path) -> Iterator[tuple[SwarmDB, Path | str]]:
+    """A store with three events and three agents, of which the second can't be read, and where others open it."""
+    url = url_of(request.param, path, request)
+    with SwarmDB(url=url) as db:
+        for name in ("first", "bad", "last"):
+            event(db, name, GOOD)
+            db.register_agent(name, "t")
+        where = path if request.param == "file" else url
+        for table in ("agent_events", "agent_registry"):
+            execute(where, f"UPDATE {table} SET metadata = '[1]' WHERE agent_id = 'bad'")
+        yield db, where
+
+
+def test_quarantine_takes_the_columns_of_other_programs_along(shared: tuple[SwarmDB, Path | str]) -> None:
+    db, where = shared
+    kind = "STORED" if isinstance(where, str) else "VIRTUAL"
+    for table in ("agent_events", "agent_registry"):
+        execute(
+            where,
+            f'ALTER TABLE {table} ADD COLUMN "the Owner\'s %" TEXT',
+            f"ALTER TABLE {table} ADD COLUMN begins TEXT GENERATED ALWAYS AS (substr(agent_type, 1, 1)) {kind}",
+            f"UPDATE {table} SET \"the Owner's %\" = 'precious'",
+        )
+    report = db.check(quarantine=True)
+
+    assert (report.quarantined, report.kept) == (2, ())
+    for table in ("agent_events", "agent_registry"):
+        columns = 'agent_id, "the Owner\'s %", begins'
+        assert execute(where, f"SELECT {columns} FROM {table}_quarantine") == [("bad", "precious", "t")]
+        assert execute(where, f"SELECT agent_id FROM {table} ORDER BY agent_id") == [("first",), ("last",)]
+    assert db.check().ok
+
+
+def test_a_quarantine_that_lacks_a_new_column_is_not_used(shared: tuple[SwarmDB, Path | str]) -> None:
+    db, where = shared
+    assert db.check(quarantine=True).quarantined == 2
+    execute(
+        where,
+        "ALTER TABLE agent_events ADD COLUMN owner TEXT",
+        "UPDATE agent_events SET metadata = '[1]', owner = 'precious' WHERE agent_id = 'last'",
+    )
+    (kept,) = db.check(quarantine=True).kept
+    assert kept == KeptRows("agent_events", TAKEN, 1)
+
+    execute(where, "ALTER TABLE agent_events_quarantine RENAME TO earlier")
+    assert db.check(quarantine=True).quarantined == 1
+    assert execute(where, "SELECT agent_id, owner FROM agent_events_quarantine") == [("last", "precious")]
+
+
+TAKEN = "agent_events_quarantine is there already, and is not the table that SwarmDB makes"
+
+
+@pytest.mark.parametrize(
+    "action",
+    ["", "ON DELETE CASCADE", "ON DELETE SET NULL", "DEFERRABLE INITIALLY DEFERRED"],
+    ids=lambda words: words[-8:],
+)
+def test_a_row_that_others_refer_to_stays_and_they_with_it(shared: tuple[SwarmDB, Path | str], action: str) -> None:
+    db, where = shared
+    event(db, "bad", GOOD)
+    execute(where, "UPDATE agent_events SET metadata = '[1]' WHERE agent_id = 'bad'")
+    execute(
+        where,
+        f"CREATE TABLE notes (event BIGINT REFERENCES agent_events(id) {action}, text TEXT)",
+        f"CREATE TABLE owners (agent TEXT REFERENCES agent_registry {action}, name TEXT)",
+        "INSERT INTO notes VALUES (2, 'precious'), (1, 'good')",
+        "INSERT INTO owners VALUES ('bad', 'precious')",
+    )
+    before = execute(where, "SELECT * FROM agent_events WHERE id = 2")
+    report = db.check(quarantine=True)
+
+    assert report.quarantined == 1
+    assert report.kept == (
+        KeptRows("agent_events", "a row of notes refers to it", 1),
+        KeptRows("agent_registry", "a row of owners refers to it", 1),
+    )
+    assert not report.ok
+    assert [advice[:27] for advice in report.advice[:2]] == [
+        "1 row moved into tables who",
+        "2 rows could not be moved w",
+    ]
+    assert execute(where, "SELECT * FROM notes ORDER BY event") == [(1, "good"), (2, "precious")]
+    assert execute(where, "SELECT * FROM owners") == [("bad", "precious")]
+    assert execute(where, "SELECT * FROM agent_events WHERE id = 2") == before
+    execute(where, "DROP TABLE notes", "DROP TABLE owners")
+    assert db.check(quarantine=True).quarantined == 2
+    assert db.check().ok
+
+
+def test_a_reference_may_be_written_in_other_letters_and_to_several_columns(path: Path) -> None:
+    with SwarmDB(path) as db:
+        event(db, "bad", GOOD)
+        execute(
+            path,
+            "UPDATE agent_events SET metadata = '{'",
+            "CREATE UNIQUE INDEX pair ON agent_events (id, agent_id)",
+            "CREATE TABLE notes (agent, event, FOREIGN KEY (agent, event) REFERENCES AGENT_events (AGENT_ID, ID))",
+            "INSERT INTO notes VALUES ('bad', 2), ('other', 1)",
+        )
+        assert db.check(quarantine=True).quarantined == 1
+        execute(
+            path,
+            "INSERT INTO agent_events SELECT * FROM agent_events_quarantine",
+            "INSERT INTO notes VALUES ('bad', 1)",
+        )
+        assert db.check(quarantine=True).kept == (KeptRows("agent_events", "a row of notes refers to it", 1),)
+
+
+TRIGGERS = {
+    "ignore": "a trigger keeps it from being copied or deleted",
+    "abort, 'never'": "never",
+    "fail, 'never'": "never",
+    "rollback, 'never'": "never",
+}
+
+
+@pytest.mark.parametrize("action", TRIGGERS)
+def test_rows_that_a_trigger_keeps_are_not_counted_as_moved(path: Path, action: str) -> None:
+    with SwarmDB(path) as db:
+        for name in ("kept", "bad"):
+            event(db, name, GOOD)
+        execute(
+            path,
+            "UPDATE agent_events SET metadata = '{'",
+            "CREATE TRIGGER keep BEFORE DELETE ON agent_events WHEN old.agent_id = 'kept' "
+            f"BEGIN SELECT raise({action}); END",
+        )
+        moved = 0 if action.startswith("rollback") else 1  # It undoes what was moved before.
+        for quarantined in (moved, 0):
+            report = db.check(quarantine=True)
+            left = 2 - moved
+            assert (report.quarantined, report.kept) == (
+                quarantined,
+                (KeptRows("agent_events", TRIGGERS[action], left),),
+            )
+            assert len(report.undecodable) == left + quarantined
+        execute(path, "DROP TRIGGER keep")
+        assert db.check(quarantine=True).quarantined == left
+        assert sorted(execute(path, "SELECT agent_id FROM agent_events_quarantine")) == [("bad",), ("kept",)]
+        assert db.check().ok
+
+
+def test_a_trigger_or_a_rule_of_a_server_keeps_rows(postgres_url: str) -> None:
+    with SwarmDB(url=postgres_url) as db:
+        for name in ("kept", "bad"):
+            event(db, name, GOOD)
+            db.register_agent(name, "t")
+        execute(
+            postgres_url,
+            "UPDATE agent_events SET metadata = '[1]'",
+            "UPDATE agent_registry SET metadata = '[1]'",
+            "CREATE FUNCTION keep() RETURNS trigger LANGUAGE plpgsql AS "
+            "$$ BEGIN IF old.agent_id = 'kept' THEN RETURN NULL; END IF; RETURN old; END $$",
+            "CREATE TRIGGER keep BEFORE DELETE ON agent_events FOR EACH ROW EXECUTE FUNCTION keep()",
+            "CREATE RULE keep AS ON DELETE TO agent_registry DO INSTEAD NOTHING",
+        )
+        report = db.check(quarantine=True)
+        reason = TRIGGERS["ignore"]
+        assert report.quarantined == 1
+        assert report.kept == (KeptRows("agent_events", reason, 1), KeptRows("agent_registry", reason, 2))
+        assert execute(postgres_url, "SELECT agent_id FROM agent_events_quarantine") == [("bad",)]
+        assert execute(postgres_url, "SELECT to_regclass('agent_registry_quarantine')") == [(None,)]
+
+
+@pytest.mark.parametrize(
+    "taken",
+    [
+        "CREATE TABLE agent_events_quarantine (id INTEGER PRIMARY KEY, why TEXT)",
+        "CREATE TABLE agent_events_quarantine (id TEXT, event_id TEXT, event_type TEXT, agent_id TEXT, "
+        "agent_type TEXT, timestamp TEXT, metadata TEXT, created_at TEXT)",
+        "CREATE VIEW agent_events_quarantine AS SELECT * FROM agent_events",
+    ],
+)
+def test_a_quarantine_that_is_another_programs_is_left_alone(shared: tuple[SwarmDB, Path | str], taken: str) -> None:
+    db, where = shared
+    execute(where, taken)
+    before = execute(where, "SELECT * FROM agent_events_quarantine")
+    report = db.check(quarantine=True)
+
+    assert report.quarantined == 1
+    ((table, reason, rows),) = [(kept.table, kept.reason, kept.rows) for kept in report.kept]
+    assert (table, rows) == ("agent_events", 1)
+    assert reason in (TAKEN, 'relation "agent_events_quarantine" already exists')
+    assert execute(where, "SELECT * FROM agent_events_quarantine") == before
+    assert execute(where, "SELECT agent_id FROM agent_events ORDER BY id") == [("first",), ("bad",), ("last",)]
+    assert execute(where, "SELECT agent_id FROM agent_registry ORDER BY agent_id") == [("first",), ("last",)]
+
+
+def test_a_failed_quarantine_leaves_the_block_around_it_usable(shared: tuple[SwarmDB, Path | str]) -> None:
+    db, where = shared
+    execute(where, "CREATE VIEW agent_events_quarantine AS SELECT * FROM agent_events")
+    with db.transaction():
+        db.register_agent("before", "t")
+        assert [kept.rows for kept in db.check(quarantine=True).kept] == [1]
+        db.register_agent("after", "t")
+    assert [agent.agent_id for agent in db.list_agents()][:2] == ["after", "before"]
+
+
 def test_deleting_a_memory_whose_time_is_none_removes_nothing(local_db: SwarmDB) -> None:
     run(local_db, *[MEMORY + "('s', 'semantic', 'k', '1', 'soon', 5, ?)", GOOD])
     with pytest.raises(CorruptDataError, match=r"session_memory\.timestamp"):
@@ -488,12 +727,95 @@ def test_what_older_programs_wrote_as_json_is_read(local_db: SwarmDB) -> None:
         assert local_db.check().ok
 
 
-def test_a_missing_table_is_a_storage_error(db: SwarmDB) -> None:
-    run(db, "DROP TABLE swarm_metrics")
-    with pytest.raises(StorageError, match="swarm_metrics"):
-        db.check()
-    with pytest.raises(StorageError, match="swarm_metrics"):
-        db.get_swarm_metrics()
+@pytest.mark.parametrize("kind", ["file", "postgresql"])
+def test_a_missing_table_or_column_is_named_and_can_be_made_again(
+    request: pytest.FixtureRequest, path: Path, kind: str
+) -> None:
+    url = url_of(kind, path, request)
+    with SwarmDB(url=url) as db:
+        run(db, "DROP TABLE swarm_metrics")
+        run(db, "ALTER TABLE agent_events RENAME COLUMN event_type TO kind")
+        report = db.check()
+        assert not report.ok
+        assert report.tables == (
+            TableFault("agent_events", "has no column event_type"),
+            TableFault("swarm_metrics", "is missing"),
+        )
+        with pytest.raises(StorageError, match="swarm_metrics"):
+            db.get_swarm_metrics()
+
+        # As the advice says.
+        run(db, "ALTER TABLE agent_events RENAME COLUMN kind TO event_type")
+        run(db, "DELETE FROM schema_info WHERE key = 'version'")
+        SwarmDB(url=url).close()
+        assert db.check().tables == ()
+        assert db.get_swarm_metrics() == []
+
+
+@pytest.mark.parametrize("kind", ["VIEW", "MATERIALIZED VIEW"])
+def test_a_view_in_the_place_of_a_table_is_named(shared: tuple[SwarmDB, Path | str], kind: str) -> None:
+    db, where = shared
+    if kind.startswith("M") and not isinstance(where, str):
+        kind = "VIEW"  # SQLite has no other.
+    execute(where, "ALTER TABLE agent_events RENAME TO other", f"CREATE {kind} agent_events AS SELECT * FROM other")
+    assert db.check(quarantine=True).tables == (TableFault("agent_events", "is no table"),)
+
+    # As the advice says.
+    execute(where, f"DROP {kind} agent_events", "ALTER TABLE other RENAME TO agent_events")
+    assert db.check(quarantine=True).tables == ()
+    assert [event.agent_id for event in db.get_events()] == ["last", "first"]
+
+
+def test_a_table_without_rowid_is_named(path: Path) -> None:
+    with SwarmDB(path) as db:
+        db.register_agent("a", "t")
+        ((made,),) = execute(path, "SELECT sql FROM sqlite_master WHERE name = 'agent_registry'")
+        indexes = execute(
+            path, "SELECT name, sql FROM sqlite_master WHERE tbl_name = 'agent_registry' AND name LIKE 'idx%'"
+        )
+        execute(
+            path,
+            "ALTER TABLE agent_registry RENAME TO other",
+            f"{made} WITHOUT ROWID",
+            "INSERT INTO agent_registry SELECT * FROM other",
+            "DROP TABLE other",
+            *(sql for _, sql in indexes),
+        )
+        assert db.check(quarantine=True).tables == (TableFault("agent_registry", "is WITHOUT ROWID"),)
+    execute(path, "DELETE FROM schema_info WHERE key = 'version'")
+    with pytest.raises(SchemaError, match="its table agent_registry is WITHOUT ROWID"):
+        SwarmDB(path)
+
+    # As the advice says.
+    execute(path, "ALTER TABLE agent_registry RENAME TO was", *(f"DROP INDEX {name}" for name, _ in indexes))
+    with SwarmDB(path) as db:
+        execute(path, "INSERT INTO agent_registry SELECT * FROM was")
+        assert db.check().ok
+        assert [agent.agent_id for agent in db.list_agents()] == ["a"]
+
+
+@pytest.mark.parametrize("table", ["agent_events", "session_memory"])
+def test_numbers_that_are_used_up_are_named(local_db: SwarmDB, table: str) -> None:
+    def write() -> None:
+        event(local_db, "a", GOOD)
+        local_db.store_memory("s", "semantic", "k", 1)
+
+    write()
+    run(local_db, f"UPDATE {table} SET id = 9223372036854775806")
+    run(local_db, f"UPDATE sqlite_sequence SET seq = 9223372036854775806 WHERE name = '{table}'")
+    assert local_db.check().ok
+    write()
+    report = local_db.check()
+    assert not report.ok
+    assert report.tables == (TableFault(table, USED_UP),)
+    with pytest.raises(StorageError, match="full"):
+        write()
+
+    # As the advice says.
+    run(local_db, f"UPDATE {table} SET id = 1000000 + id % 2")
+    run(local_db, f"UPDATE sqlite_sequence SET seq = (SELECT max(id) FROM {table}) WHERE name = '{table}'")
+    assert local_db.check().ok
+    write()
 
 
 def test_a_damaged_file_is_reported(path: Path) -> None:
@@ -511,3 +833,38 @@ def test_a_damaged_file_is_reported(path: Path) -> None:
         report = db.check()
         assert not report.ok
         assert report.integrity
+
+
+def zeroed(path: Path, name: str) -> None:
+    """Overwrite the first page of a table or an index with zeros."""
+    ((root,),) = execute(path, f"SELECT rootpage FROM sqlite_master WHERE name = '{name}'")
+    content = bytearray(path.read_bytes())
+    content[(root - 1) * 4096 : root * 4096] = bytes(4096)
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    "name", ["agent_events", "agent_registry", "session_memory", "task_metrics", "idx_agent_events_timestamp"]
+)
+@pytest.mark.parametrize("quarantine", [False, True])
+def test_wherever_the_damage_is_the_rest_is_checked_and_nothing_is_written(
+    path: Path,
+    name: str,
+    quarantine: bool,  # noqa: FBT001
+) -> None:
+    with SwarmDB(path) as db:
+        event(db, "a", GOOD)
+        db.store_agent_metric("bad", "duration", 1.0)
+        run(db, "UPDATE agent_metrics SET metadata = '{'")
+    zeroed(path, name)
+    before = path.read_bytes()
+    with SwarmDB(path) as db:
+        report = db.check(quarantine=quarantine)
+
+    assert not report.ok
+    assert report.integrity
+    assert [(fault.table, fault.column) for fault in report.undecodable] == [("agent_metrics", "metadata")]
+    assert report.quarantined == 0
+    kept = KeptRows("agent_metrics", "the file is damaged, and nothing is written into it", 1)
+    assert report.kept == ((kept,) if quarantine else ())
+    assert path.read_bytes() == before

@@ -10,8 +10,10 @@ from moai_flow.memory import (
     CleanupReport,
     CorruptDataError,
     ForeignTime,
+    KeptRows,
     RetentionPolicy,
     SwarmDB,
+    TableFault,
     UnlistedValue,
 )
 
@@ -55,10 +57,16 @@ def report(db: SwarmDB) -> None:
     assert_type(found.unlisted, tuple[UnlistedValue, ...])
     assert_type(found.foreign_times, tuple[ForeignTime, ...])
     assert_type(found.quarantined, int)
+    assert_type(found.tables, tuple[TableFault, ...])
+    assert_type(found.kept, tuple[KeptRows, ...])
     assert_type(found.wal_bytes, int | None)
     assert_type(found.advice, tuple[str, ...])
     for word in found.unlisted:
         assert_type((word.table, word.column, word.value, word.rows), tuple[str, str, str, int])
+    for fault in found.tables:
+        assert_type((fault.table, fault.reason), tuple[str, str])
+    for kept in found.kept:
+        assert_type((kept.table, kept.reason, kept.rows), tuple[str, str, int])
     for times in found.foreign_times:
         assert_type((times.table, times.column, times.rows), tuple[str, str, int])
 
@@ -77,5 +85,6 @@ def mistakes(db: SwarmDB) -> None:
     db.check(True)  # type: ignore[call-arg]  # noqa: FBT003
     db.schema_version = "3.0.0"  # type: ignore[misc]
     db.check().ok = True  # type: ignore[misc]
+    db.check().kept[0].rows = 0  # type: ignore[misc]
     db.check().advice = ()  # type: ignore[misc]
     db.check().advice.append("")  # type: ignore[attr-defined]

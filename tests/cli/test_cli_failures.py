@@ -222,4 +222,17 @@ def test_a_damaged_file_is_said_to_be_damaged(swarmdb: Command, store: Path) -> 
         assert "malformed" in ran.err
         assert ran.err.count("\n") == 1
     checked = swarmdb("check", "--db", store)
-    assert checked.status == 1
+    assert (checked.status, checked.err) == (1, "")
+    assert "take the last backup that checks well" in " ".join(checked.out.split())
+
+
+@pytest.mark.parametrize("keep", [2000, 5000, 30_000])
+def test_check_says_what_to_do_about_a_file_that_is_too_damaged_to_open(
+    swarmdb: Command, store: Path, keep: int
+) -> None:
+    store.write_bytes(store.read_bytes()[:keep] if keep > 2000 else b"garbage " * keep)
+    ran = swarmdb("check", "--db", store)
+
+    assert (ran.status, ran.out) == (1, "")
+    assert "take the last backup that checks well" in ran.err
+    assert ran.err.count("\n") == 1

@@ -187,6 +187,19 @@ def test_check_moves_what_is_wrong_aside_if_asked_to(swarmdb: Command, store: Pa
     assert after["ok"] is True
 
 
+def test_check_says_which_rows_it_could_not_move_and_why(swarmdb: Command, store: Path) -> None:
+    damage(store)
+    execute(store, "CREATE TABLE notes (event INTEGER REFERENCES agent_events(id) ON DELETE CASCADE)")
+    execute(store, "INSERT INTO notes VALUES (4)")
+    ran = swarmdb("check", "--quarantine", "--db", store)
+
+    assert (ran.status, ran.err) == (1, "")
+    assert "Rows that could not be moved" in ran.out
+    assert "a row of notes refers to it" in ran.out
+    kept = json.loads(swarmdb("check", "--quarantine", "--db", store, "--json").out)["kept"]
+    assert kept == [{"table": "agent_events", "reason": "a row of notes refers to it", "rows": 1}]
+
+
 def test_check_tells_whether_sqlite_has_a_known_bug(
     swarmdb: Command, store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -48,7 +48,7 @@ from moai_flow.memory.models import (
     SwarmMetric,
     TaskMetric,
 )
-from moai_flow.memory.operations.maintenance import CheckReport, ForeignTime, UnlistedValue
+from moai_flow.memory.operations.maintenance import CheckReport, ForeignTime, KeptRows, TableFault, UnlistedValue
 from moai_flow.memory.operations.retention import CleanedTable, CleanupReport, RetentionPolicy
 from moai_flow.memory.operations.summaries import (
     AgentOrder,
@@ -95,6 +95,7 @@ __all__ = [
     "FigureSummary",
     "ForeignTime",
     "InvalidInputError",
+    "KeptRows",
     "MemoryType",
     "MemoryTypeLike",
     "MetricBucket",
@@ -114,6 +115,7 @@ __all__ = [
     "SwarmMetricType",
     "SwarmMetricTypeLike",
     "SwarmSummary",
+    "TableFault",
     "TaskMetric",
     "TaskMetricData",
     "TaskResult",

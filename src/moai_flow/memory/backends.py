@@ -108,10 +108,11 @@ class Backend(ABC):
 
     def guarded(self, raw: Any, where: str) -> AbstractContextManager[None]:
         """Return a context in which an error leaves the transaction as it was before; *where* is for its own errors."""
-        return nullcontext() if self.keeps_transactions else self._savepoint(raw, where)
+        return nullcontext() if self.keeps_transactions else self.savepoint(raw, where)
 
     @contextmanager
-    def _savepoint(self, raw: Any, where: str) -> Iterator[None]:
+    def savepoint(self, raw: Any, where: str) -> Iterator[None]:
+        """Undo what the block does if it raises; *where* is for errors of the driver."""
         try:
             raw.execute("SAVEPOINT swarmdb_call")
             try:
@@ -334,6 +335,7 @@ def backend_of(dialect: Dialect) -> Backend:
 
 # Errors
 
+_DAMAGE = frozenset({sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB})
 _BUSY = frozenset({sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED})
 
 #: What a retry may mend, by code: https://www.postgresql.org/docs/current/errcodes-appendix.html
@@ -353,6 +355,14 @@ def is_of_database(error: Exception) -> bool:
     return isinstance(error, sqlite3.Error | SQLAlchemyError | UnicodeDecodeError) or (
         psycopg is not None and isinstance(error, psycopg.Error)
     )
+
+
+def is_damage(error: Exception) -> bool:
+    """Whether *error*, from SQLite or for that reason, says that the file is damaged, or is no database at all."""
+    if isinstance(error, StatementError | StorageError):
+        cause = error.orig if isinstance(error, StatementError) else error.__cause__
+        return isinstance(cause, Exception) and is_damage(cause)
+    return isinstance(error, UnicodeDecodeError) or getattr(error, "sqlite_errorcode", 0) & 0xFF in _DAMAGE
 
 
 def translated(error: Exception, where: str) -> SwarmDBError:

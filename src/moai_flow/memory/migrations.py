@@ -337,6 +337,15 @@ def _check_columns(raw: sqlite3.Connection, model: type[Record], location: Locat
             f"{location}: its table {table} has no column {', '.join(missing)}, so it is not SwarmDB's; "
             "keep SwarmDB in a file of its own"
         )
+    try:
+        raw.execute(str(select(rowid_column).select_from(table_of(model)))).close()
+    except sqlite3.OperationalError as error:
+        if error.sqlite_errorcode != sqlite3.SQLITE_ERROR:  # Anything but a missing column.
+            raise
+        raise SchemaError(
+            f"{location}: its table {table} is WITHOUT ROWID, which SwarmDB's is not; "
+            "copy its rows into one that is not either"
+        ) from None
 
 
 def _copy_aside(path: Path, version: str) -> None:

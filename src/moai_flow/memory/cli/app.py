@@ -33,7 +33,7 @@ from moai_flow.memory import (
     SwarmDBError,
     inputs,
 )
-from moai_flow.memory.backends import translating
+from moai_flow.memory.backends import is_damage, translating
 from moai_flow.memory.cli import copying, exporting, figures, following, show
 from moai_flow.memory.cli import top as screen
 from moai_flow.memory.cli.demo import report, watch
@@ -44,6 +44,7 @@ from moai_flow.memory.enums import Vocabulary
 from moai_flow.memory.files import belong_together
 from moai_flow.memory.migrations import VERSION, found_version, server_ddl
 from moai_flow.memory.models import TABLES
+from moai_flow.memory.operations.maintenance import ADVICE_DAMAGE
 from moai_flow.memory.restoring import restore_backup
 from moai_flow.memory.transfer import BATCH_SIZE
 from moai_flow.memory.types import AsStored, decode_json, decode_time
@@ -698,8 +699,13 @@ def check(
     as_json: AsJSON = False,
 ) -> None:
     """Check that a database is sound and every row can be read. Exit status 1 says that it isn't so."""
-    with _opened(db) as store:
-        found = store.check(quarantine=quarantine)
+    try:
+        with _opened(db) as store:
+            found = store.check(quarantine=quarantine)
+    except StorageError as error:
+        if not is_damage(error):
+            raise
+        raise StorageError(f"{error}. What to do, if it was a database of SwarmDB's: {ADVICE_DAMAGE}") from error
     if as_json:
         show.as_json({"ok": found.ok, **vars(found), "advice": found.advice})
     else:
@@ -721,11 +727,23 @@ def _show_check(found: CheckReport) -> None:
         }
     )
     show.table("Damage to the file", [show.text("problem")], ([problem] for problem in found.integrity))
+    if found.tables:
+        show.table(
+            "Tables that can't be used",
+            map(show.text, ("table", "reason")),
+            ((fault.table, fault.reason) for fault in found.tables),
+        )
     show.table(
         "Values that can't be read",
         list(map(show.text, ("table", "column", "row", "reason"))),
         ((fault.table, fault.column, fault.row, fault.reason) for fault in found.undecodable),
     )
+    if found.kept:
+        show.table(
+            "Rows that could not be moved",
+            [*map(show.text, ("table", "reason")), show.number("rows")],
+            ((kept.table, kept.reason, kept.rows) for kept in found.kept),
+        )
     show.table(
         "Words outside the enums",
         [*map(show.text, ("table", "column", "word")), show.number("rows")],

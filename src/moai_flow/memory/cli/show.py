@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Column, Table
 
-from moai_flow.memory import CorruptDataError, ForeignTime, UnlistedValue
+from moai_flow.memory import CorruptDataError, ForeignTime, KeptRows, TableFault, UnlistedValue
 from moai_flow.memory.models import Record
 
 _BRIEF = 200
@@ -196,7 +196,7 @@ def _plain(value: Any) -> Any:
     match value:
         case Record():
             return {column: _plain(value[column]) for column in value.keys()}  # noqa: SIM118 (a row, not a dict)
-        case CorruptDataError() | UnlistedValue() | ForeignTime():
+        case CorruptDataError() | UnlistedValue() | ForeignTime() | KeptRows() | TableFault():
             return _plain(vars(value))
         case datetime():
             return value.isoformat()

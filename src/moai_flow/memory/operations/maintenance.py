@@ -5,32 +5,23 @@ import sqlite3
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from sqlalchemy import (
-    Column,
-    ColumnElement,
     Connection,
-    Dialect,
-    LargeBinary,
-    MetaData,
-    Table,
-    Text,
-    delete,
-    exists,
     func,
-    insert,
-    literal_column,
     select,
-    type_coerce,
 )
+from sqlalchemy.exc import DBAPIError
 
-from moai_flow.memory.backends import SQLite, translating
+from moai_flow.memory.backends import SQLite, is_damage, translated, translating
+from moai_flow.memory.catalogue import fault_of, has_used_up_its_numbers
 from moai_flow.memory.connections import Held, copy_to
 from moai_flow.memory.engine import log_bytes, path_of_file
 from moai_flow.memory.errors import (
+    ConflictError,
     CorruptDataError,
     InvalidInputError,
     SchemaError,
@@ -40,7 +31,8 @@ from moai_flow.memory.errors import (
 )
 from moai_flow.memory.files import PRIVATE, belong_together, make_folder, mode_of
 from moai_flow.memory.migrations import time_columns, unnormalised
-from moai_flow.memory.models import TABLES, Record, SchemaInfo, SessionMemory, rowid_column, table_of
+from moai_flow.memory.models import TABLES, Record, SchemaInfo, table_of
+from moai_flow.memory.quarantine import address_of, move_aside
 from moai_flow.memory.scope import Scope
 from moai_flow.memory.statements import RowDecoder, Statement
 from moai_flow.memory.types import EnumText, is_postgresql
@@ -93,6 +85,34 @@ class ForeignTime:
 
 
 @dataclass(frozen=True)
+class TableFault:
+    """A table that is not as SwarmDB needs it, so that calls which use it fail.
+
+    Attributes:
+        table: The table's name.
+        reason: What is wrong with it, as words that follow the name.
+    """
+
+    table: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class KeptRows:
+    """Rows that can't be read, and that could not be moved aside either. They are where they were.
+
+    Attributes:
+        table: The table's name.
+        reason: What is in the way.
+        rows: How many rows it keeps.
+    """
+
+    table: str
+    reason: str
+    rows: int
+
+
+@dataclass(frozen=True)
 class CheckReport:
     """What `SwarmDB.check` found.
 
@@ -100,10 +120,12 @@ class CheckReport:
         sqlite_version: The version of SQLite in use.
         has_wal_reset_bug: Whether that version has a rare bug that can corrupt a file in WAL mode.
         integrity: What SQLite's own integrity check complains about. Empty is good.
+        tables: Tables that calls can't use as they are. Empty is good.
         undecodable: An error for each value that can't be decoded. Empty is good.
         unlisted: Words outside the enums. They are readable, and no fault.
         foreign_times: Times in another program's format. They are readable, and no fault.
         quarantined: How many rows were moved into quarantine tables.
+        kept: Rows that were to be moved, and could not be. Empty is good.
         wal_bytes: How large the log of what was not yet moved into the file is; None if the database has no file. Some
             megabytes are usual. It grows while somebody keeps a transaction open, a reader as well.
     """
@@ -111,25 +133,30 @@ class CheckReport:
     sqlite_version: str
     has_wal_reset_bug: bool
     integrity: tuple[str, ...] = ()
+    tables: tuple[TableFault, ...] = ()
     undecodable: tuple[CorruptDataError, ...] = ()
     unlisted: tuple[UnlistedValue, ...] = ()
     foreign_times: tuple[ForeignTime, ...] = ()
     quarantined: int = 0
+    kept: tuple[KeptRows, ...] = ()
     wal_bytes: int | None = None
 
     @property
     def ok(self) -> bool:
-        """Whether the file is sound, and every row can be read."""
-        return not self.integrity and len(self.undecodable) == 0
+        """Whether the file and its tables are sound, and every row can be read."""
+        return not self.integrity and not self.tables and len(self.undecodable) == 0
 
     @property
     def advice(self) -> tuple[str, ...]:
         """What to do about it, a sentence or two for each kind of finding, the worst first. Empty if all is well."""
         rows = len({(error.table, *map(repr, error.row.items())) for error in self.undecodable})
         found = {
-            _ADVICE_DAMAGE: bool(self.integrity),
+            ADVICE_DAMAGE: bool(self.integrity),
+            _ADVICE_TABLES: any(fault.reason != _USED_UP for fault in self.tables),
+            _ADVICE_USED_UP: any(fault.reason == _USED_UP for fault in self.tables),
             _ADVICE_MOVED.format(rows=_rows(self.quarantined)): bool(self.quarantined),
-            _ADVICE_UNDECODABLE.format(rows=_rows(rows)): bool(rows) and not self.quarantined,
+            _ADVICE_KEPT.format(rows=_rows(sum(kept.rows for kept in self.kept))): bool(self.kept),
+            _ADVICE_UNDECODABLE.format(rows=_rows(rows)): bool(rows) and not self.quarantined and not self.kept,
             _ADVICE_UNLISTED.format(rows=_rows(sum(word.rows for word in self.unlisted))): bool(self.unlisted),
             _ADVICE_TIMES.format(rows=_rows(sum(times.rows for times in self.foreign_times))): bool(self.foreign_times),
             _ADVICE_BUG.format(version=self.sqlite_version): self.has_wal_reset_bug,
@@ -137,15 +164,34 @@ class CheckReport:
         return tuple(sentence for sentence, is_due in found.items() if is_due)
 
 
-_ADVICE_DAMAGE = (
+#: What to do about a damaged file, also where it can't even be opened.
+ADVICE_DAMAGE = (
     "The file is damaged: a disk, a crash of the machine or another program has written over parts of it. Stop the "
     "programs that use it, and keep a copy of the file with its -wal and -shm as they are. Then take the last backup "
     "that checks well, or save what can be read: sqlite3 swarm.db .recover | sqlite3 saved.db. If only indexes are "
     "named, sqlite3 swarm.db REINDEX mends them. Ask what the disk's own health check says."
 )
+_ADVICE_TABLES = (
+    "A table is not as SwarmDB makes it: calls that use it fail, and its rows were not looked at. Put the table back "
+    "under its name. If there is none any more, rename what has the name, drop the indexes of that, and DELETE FROM "
+    "schema_info WHERE key = 'version': whoever opens the database next makes what is missing, and rows can be copied "
+    "into it. Find out which program changed it."
+)
+_USED_UP = "has used up its numbers: a row has 9223372036854775807, and none can be added"
+_ADVICE_USED_UP = (
+    "A program gave a row the highest number that there is, and SQLite says that the disk is full when another is "
+    "added. Give that row a free number, such as UPDATE agent_events SET id = 1000000 WHERE id = 9223372036854775807, "
+    "and then UPDATE sqlite_sequence SET seq = (SELECT max(id) FROM agent_events) WHERE name = 'agent_events'."
+)
 _ADVICE_MOVED = (
-    "{rows} moved into tables whose names end in _quarantine, whole and as stored; everything else can be read again. "
+    "{rows} moved into tables whose names end in _quarantine, whole and as stored; no call meets them any more. "
     "Look at them with sqlite3 or psql, put right what you need, and drop those tables when you are done."
+)
+_ADVICE_KEPT = (
+    "{rows} could not be moved without a loss, and stay where they were: calls that meet one raise CorruptDataError. "
+    "Where rows of another table refer to them, mend them with SQL, or delete what refers to them first; where a "
+    "trigger keeps them, drop it for as long as it takes; where a quarantine table is not SwarmDB's, rename it. Then "
+    "check again."
 )
 _ADVICE_UNDECODABLE = (
     "{rows} can't be read, and calls that meet one raise CorruptDataError; nothing else is affected. Mend each with "
@@ -298,46 +344,51 @@ class MaintenanceOperations(Scope):
     def check(self, *, quarantine: bool = False) -> CheckReport:
         """Check that the database is sound, and that every row in it can be read.
 
-        It reads every row, so it takes a while on a large database. Others go on reading and writing meanwhile, but
-        with *quarantine* writers wait.
+        It reads every row, so it takes a while on a large database. Others go on reading and writing meanwhile. Where
+        rows are to be moved, it then reads once more, and writers wait.
 
         Args:
             quarantine: Whether to move each row that can't be decoded, whole and as it is stored, into a table beside
                 its own: ``agent_events_quarantine`` and so on. There it is kept, and bothers nobody.
+                A row that could not go without a loss stays: see `CheckReport.kept`.
 
         Returns:
             What was found.
 
         Raises:
-            TransactionError: If rows are to be moved inside a read-only session.
+            TransactionError: With *quarantine*, inside a read-only session.
             BusyError: If rows are to be moved, and another writer keeps the database for longer than the busy timeout.
             StorageError: If the database can't be read.
             ClosedError: After `close`.
         """
-        with self._block(readonly=not quarantine) as block, translating(self._connections.where):
-            connection, raw = block.held.connection, block.held.raw
-            integrity: list[str] = []
-            undecodable: list[CorruptDataError] = []
-            unlisted: Counter[tuple[str, str, str]] = Counter()
-            moved = 0
-            with block.held.backend.reading_leniently(raw):
-                if not self._location.is_on_server:
-                    with _noting_damage(integrity, "integrity_check"):
-                        integrity += [row[0] for row in raw.execute("PRAGMA integrity_check") if row[0] != "ok"]
-                for model in TABLES:
-                    with _noting_damage(integrity, str(model.__tablename__)):
-                        bad_rows = _inspect(block.held, RowDecoder(model, connection.dialect), undecodable, unlisted)
-                        if quarantine and bad_rows:
-                            moved += _move_aside(connection, model, bad_rows)
-            foreign_times = [] if self._location.is_on_server else list(_foreign_times(connection))
+        outer = self._own_block()
+        if quarantine and outer is not None and outer.readonly:
+            raise TransactionError("check(quarantine=True) moves rows, and session(readonly=True) refuses writes")
+        with self._block(readonly=True) as block, translating(self._connections.where):
+            found = _inspected(block.held)
+        moved, kept = 0, Counter[tuple[str, str]]()
+        if quarantine and found.bad_rows and found.integrity:
+            kept = found.kept_for(_DAMAGED)
+        elif quarantine and found.bad_rows:
+            try:
+                # Rows may have come and gone meanwhile.
+                with self._block() as block, translating(self._connections.where):
+                    found = _inspected(block.held)
+                    moved, kept = _move_aside(block.held, self._connections.where, found)
+            except (ConflictError, StorageError) as error:
+                # Some triggers end the transaction, and some foreign keys are only looked at as it commits.
+                reason = str(error).removeprefix(f"{self._connections.where}: ")
+                moved, kept = 0, found.kept_for(reason)
         return CheckReport(
             sqlite_version=sqlite3.sqlite_version,
             has_wal_reset_bug=not self._location.is_on_server and has_wal_reset_bug(sqlite3.sqlite_version_info),
-            integrity=tuple(integrity),
-            undecodable=tuple(undecodable),
-            unlisted=tuple(UnlistedValue(*place, rows) for place, rows in sorted(unlisted.items())),
-            foreign_times=tuple(foreign_times),
+            integrity=tuple(found.integrity),
+            tables=tuple(found.tables),
+            undecodable=tuple(found.undecodable),
+            unlisted=tuple(UnlistedValue(*place, rows) for place, rows in sorted(found.unlisted.items())),
+            foreign_times=tuple(found.foreign_times),
             quarantined=moved,
+            kept=tuple(KeptRows(*place, rows) for place, rows in sorted(kept.items())),
             wal_bytes=log_bytes(self._location),
         )
 
@@ -369,74 +420,90 @@ def _noting_damage(integrity: list[str], place: str) -> Iterator[None]:
     """Note that SQLite found the file damaged, instead of ending the check there."""
     try:
         yield
-    except sqlite3.DatabaseError as error:
-        if getattr(error, "sqlite_errorcode", 0) & 0xFF != sqlite3.SQLITE_CORRUPT:
+    except (sqlite3.Error, UnicodeDecodeError, DBAPIError) as error:
+        if not is_damage(error):
             raise
-        integrity.append(f"{place}: {error}")
+        integrity.append(str(translated(error, place)))
 
 
-def _foreign_times(connection: Connection) -> Iterator[ForeignTime]:
-    for model, column in time_columns():
-        if rows := connection.scalar(select(func.count()).where(unnormalised(column))):
+def _foreign_times(connection: Connection, model: type[Record]) -> Iterator[ForeignTime]:
+    for owner, column in time_columns():
+        if owner is model and (rows := connection.scalar(select(func.count()).where(unnormalised(column)))):
             yield ForeignTime(str(model.__tablename__), column.name, rows)
 
 
-def _inspect(
-    held: Held,
-    decoder: RowDecoder[Any],
-    undecodable: list[CorruptDataError],
-    unlisted: Counter[tuple[str, str, str]],
-) -> list[Any]:
-    """Add what a table's rows have wrong with them, and return the addresses of those that can't be decoded."""
+@dataclass(frozen=True)
+class _Findings:
+    """What is wrong with a database, and the addresses of the rows that can't be decoded, by table."""
+
+    integrity: list[str] = field(default_factory=list)
+    tables: list[TableFault] = field(default_factory=list)
+    undecodable: list[CorruptDataError] = field(default_factory=list)
+    unlisted: Counter[tuple[str, str, str]] = field(default_factory=Counter)
+    foreign_times: list[ForeignTime] = field(default_factory=list)
+    bad_rows: dict[str, list[Any]] = field(default_factory=dict)
+
+    def kept_for(self, reason: str) -> Counter[tuple[str, str]]:
+        """Return how many rows are kept, by table, where all are for one reason."""
+        return Counter({(table, reason): len(rows) for table, rows in self.bad_rows.items()})
+
+
+_DAMAGED = "the file is damaged, and nothing is written into it"
+
+
+def _inspected(held: Held) -> _Findings:
+    """Look at everything, inside a transaction."""
+    found, connection = _Findings(), held.connection
+    is_on_server = is_postgresql(connection.dialect)
+    with held.backend.reading_leniently(held.raw):
+        if not is_on_server:
+            with _noting_damage(found.integrity, "integrity_check"):
+                complaints = held.raw.execute("PRAGMA integrity_check")
+                found.integrity.extend(row[0] for row in complaints if row[0] != "ok")
+        for model in TABLES:
+            with _noting_damage(found.integrity, str(model.__tablename__)):
+                if (fault := fault_of(connection, table_of(model))) is not None:
+                    found.tables.append(TableFault(str(model.__tablename__), fault))
+                    continue
+                _inspect(held, RowDecoder(model, connection.dialect), found)
+                if not is_on_server:
+                    if has_used_up_its_numbers(connection, str(model.__tablename__)):
+                        found.tables.append(TableFault(str(model.__tablename__), _USED_UP))
+                    found.foreign_times.extend(_foreign_times(connection, model))
+    return found
+
+
+def _inspect(held: Held, decoder: RowDecoder[Any], found: _Findings) -> None:
+    """Add what a table's rows have wrong with them."""
     table = table_of(decoder.model)
     vocabularies = [
         (index, column.name, column.type.vocabulary)
         for index, column in enumerate(table.columns)
         if isinstance(column.type, EnumText)
     ]
-    bad_rows = []
     dialect = held.connection.dialect
-    everything = str(select(*table.columns, _address(decoder.model, dialect)).compile(dialect=dialect))
+    everything = str(select(*table.columns, address_of(decoder.model, dialect)).compile(dialect=dialect))
     for chunk in held.backend.chunks(held.raw, everything, _CHUNK):
         rows = [row[:-1] for row in chunk]
         if not decoder.are_sound(rows):
             for row, (*_, address) in zip(rows, chunk, strict=True):
                 if faults := decoder.faults(row):
-                    undecodable.extend(faults)
-                    bad_rows.append(address)
+                    found.undecodable.extend(faults)
+                    found.bad_rows.setdefault(table.name, []).append(address)
         for index, name, vocabulary in vocabularies:
             for word, times in Counter(row[index] for row in rows).items():
                 if isinstance(word, str) and not vocabulary.read(word).is_listed:
-                    unlisted[table.name, name, word] += times
-    return bad_rows
+                    found.unlisted[table.name, name, word] += times
 
 
-def _address(model: type[Record], dialect: Dialect) -> ColumnElement[Any]:
-    """Return what tells a table's rows apart, whatever they hold, as long as the transaction lasts."""
-    if not is_postgresql(dialect):
-        return rowid_column
-    number = next((column for column in table_of(model).primary_key if column.identity), None)
-    return literal_column("ctid::text", Text) if number is None else number
-
-
-def _move_aside(connection: Connection, model: type[Record], addresses: list[Any]) -> int:
-    """Move rows, as they are stored, into the table's quarantine, and return how many those are."""
-    table, dialect = table_of(model), connection.dialect
-    # On SQLite, BLOB columns keep whatever they are given; a server's columns hold nothing but their type.
-    columns = (Column(column.name, column.type if is_postgresql(dialect) else LargeBinary) for column in table.columns)
-    quarantine = Table(f"{table.name}_quarantine", MetaData(), *columns)
-    quarantine.create(connection, checkfirst=True)
+def _move_aside(held: Held, where: str, found: _Findings) -> tuple[int, Counter[tuple[str, str]]]:
+    """Move the rows that were found, and return how many went, and how many did not, by table and reason."""
     moved = 0
-    for address in addresses:
-        condition: ColumnElement[bool] = _address(model, dialect) == address
-        if model is SessionMemory:
-            # With it goes what it replaced: else an older value of the key would come back.
-            bad = table.alias()
-            key = ("session_id", "memory_type", "key")
-            same_key = (table.c[name].is_not_distinct_from(bad.c[name]) for name in key)  # An old file's may be NULL.
-            condition = exists().where(bad.c.id == address, table.c.id <= bad.c.id, *same_key)
-        whole_rows = select(*(type_coerce(column, LargeBinary) for column in table.columns)).where(condition)
-        copied = insert(quarantine).from_select(quarantine.columns.keys(), whole_rows)
-        moved += connection.execute(copied, execution_options={"preserve_rowcount": True}).rowcount
-        connection.execute(delete(table).where(condition))
-    return moved
+    kept: Counter[tuple[str, str]] = Counter()
+    with held.backend.reading_leniently(held.raw):
+        for model in TABLES:
+            name = str(model.__tablename__)
+            went, stayed = move_aside(held, where, model, found.bad_rows.get(name, []))
+            moved += went
+            kept.update({(name, reason): rows for reason, rows in stayed.items()})
+    return moved, kept
