@@ -29,7 +29,7 @@ from sqlalchemy import (
 
 from moai_flow.memory.backends import SQLite, translating
 from moai_flow.memory.connections import Held, copy_to
-from moai_flow.memory.engine import log_bytes, path_of_file
+from moai_flow.memory.engine import hard_links, log_bytes, path_of_file
 from moai_flow.memory.errors import (
     CorruptDataError,
     InvalidInputError,
@@ -106,6 +106,8 @@ class CheckReport:
         quarantined: How many rows were moved into quarantine tables.
         wal_bytes: How large the log of what was not yet moved into the file is; None if the database has no file. Some
             megabytes are usual. It grows while somebody keeps a transaction open, a reader as well.
+        hard_links: How many names the database's file has; None if it has no file. With more than one, programs that
+            open it by different ones lose each other's writes.
     """
 
     sqlite_version: str
@@ -116,6 +118,7 @@ class CheckReport:
     foreign_times: tuple[ForeignTime, ...] = ()
     quarantined: int = 0
     wal_bytes: int | None = None
+    hard_links: int | None = None
 
     @property
     def ok(self) -> bool:
@@ -130,6 +133,7 @@ class CheckReport:
             _ADVICE_DAMAGE: bool(self.integrity),
             _ADVICE_MOVED.format(rows=_rows(self.quarantined)): bool(self.quarantined),
             _ADVICE_UNDECODABLE.format(rows=_rows(rows)): bool(rows) and not self.quarantined,
+            _ADVICE_LINKS.format(names=self.hard_links): (self.hard_links or 0) > 1,
             _ADVICE_UNLISTED.format(rows=_rows(sum(word.rows for word in self.unlisted))): bool(self.unlisted),
             _ADVICE_TIMES.format(rows=_rows(sum(times.rows for times in self.foreign_times))): bool(self.foreign_times),
             _ADVICE_BUG.format(version=self.sqlite_version): self.has_wal_reset_bug,
@@ -151,6 +155,12 @@ _ADVICE_UNDECODABLE = (
     "{rows} can't be read, and calls that meet one raise CorruptDataError; nothing else is affected. Mend each with "
     "SQL, or run swarmdb check --quarantine, or check(quarantine=True), which moves them aside, whole, so that "
     "nothing is lost. Find out which program wrote them: SwarmDB refuses such values."
+)
+_ADVICE_LINKS = (
+    "The file has {names} names (hard links), and SQLite keeps a log for each: programs that open it by different ones "
+    "lose each other's writes. Nothing is wrong as long as all of them use the same. A name that was meant as a backup "
+    "is none, since it changes with the file: make one with swarmdb backup. Find the others with find -samefile, and "
+    "remove them, or replace each by a symbolic link."
 )
 _ADVICE_UNLISTED = (
     "{rows} with words that SwarmDB does not list. They are read as they are: there is nothing to do, but look "
@@ -339,6 +349,7 @@ class MaintenanceOperations(Scope):
             foreign_times=tuple(foreign_times),
             quarantined=moved,
             wal_bytes=log_bytes(self._location),
+            hard_links=hard_links(self._location),
         )
 
     def _pragma(self, name: Literal["page_count", "page_size"]) -> int:
