@@ -321,16 +321,36 @@ OTHER_ROW = CorruptDataError("agent_registry", "status", {"agent_id": "a"}, "hol
         ({"undecodable": (ERROR, SAME_ROW, OTHER_ROW)}, "^2 rows can't be read"),
         ({"undecodable": (ERROR,), "quarantined": 3}, "^3 rows moved into tables whose names end in _quarantine"),
         ({"undecodable": (ERROR,), "kept": (KeptRows("t", "r", 2),)}, "^2 rows could not be moved without a loss"),
+        ({"hard_links": 2}, "^The file has 2 names .*find -samefile"),
         ({"unlisted": (UnlistedValue("agent_events", "event_type", "x", 5),)}, "^5 rows with words.*nothing to do"),
         ({"foreign_times": (ForeignTime("agent_events", "timestamp", 1200),)}, "^1,200 rows with times"),
         ({"has_wal_reset_bug": True}, r"^SQLite 3\.40\.1 has a rare bug.*3\.51\.3"),
     ],
 )
 def test_each_kind_of_finding_comes_with_what_to_do(found: dict[str, Any], said: str) -> None:
-    clean: dict[str, Any] = {"sqlite_version": "3.40.1", "has_wal_reset_bug": False}
+    clean: dict[str, Any] = {"sqlite_version": "3.40.1", "has_wal_reset_bug": False, "hard_links": 1}
     assert CheckReport(**clean).advice == ()
     (advice,) = CheckReport(**{**clean, **found}).advice
     assert re.search(said, advice)
+
+
+def test_a_second_name_of_the_file_is_found(file_db: SwarmDB, tmp_path: Path) -> None:
+    assert file_db.check().hard_links == 1
+    (tmp_path / "link.db").symlink_to(file_db.db_path)
+    assert file_db.check().hard_links == 1
+    (tmp_path / "other.db").hardlink_to(file_db.db_path)
+    report = file_db.check()
+
+    assert report.hard_links == 2
+    assert report.ok
+    assert any("2 names" in advice for advice in report.advice)
+    (tmp_path / "other.db").unlink()
+    with SwarmDB(tmp_path / "link.db") as by_link:
+        assert by_link.check().hard_links == 1
+
+
+def test_what_has_no_file_has_no_second_name(db: SwarmDB) -> None:
+    assert (db.check().hard_links is None) == (db._location.path is None)
 
 
 def test_the_worst_comes_first() -> None:

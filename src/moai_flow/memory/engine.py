@@ -146,6 +146,22 @@ def log_bytes(location: Location) -> int | None:
         raise StorageError(f"{location}: {error}") from error
 
 
+def hard_links(location: Location) -> int | None:
+    """Return how many names a database's file has; None if it has no file.
+
+    Raises:
+        StorageError: If the system can't look there.
+    """
+    if location.path is None:
+        return None
+    try:
+        return location.path.stat().st_nlink
+    except FileNotFoundError:
+        return 0
+    except OSError as error:
+        raise StorageError(f"{location}: {error}") from error
+
+
 def check_file_of_log(location: Location) -> None:
     """Refuse a file that was emptied or removed while its log is there: SQLite would delete that, unread.
 

@@ -724,6 +724,7 @@ def _show_check(found: CheckReport) -> None:
             else "not in this version",
             "moved into quarantine": found.quarantined,
             "log, in bytes": found.wal_bytes,
+            "names of the file": found.hard_links,
         }
     )
     show.table("Damage to the file", [show.text("problem")], ([problem] for problem in found.integrity))

@@ -19,7 +19,7 @@ from sqlalchemy.exc import DBAPIError
 from moai_flow.memory.backends import SQLite, is_damage, translated, translating
 from moai_flow.memory.catalogue import fault_of, has_used_up_its_numbers
 from moai_flow.memory.connections import Held, copy_to
-from moai_flow.memory.engine import log_bytes, path_of_file
+from moai_flow.memory.engine import hard_links, log_bytes, path_of_file
 from moai_flow.memory.errors import (
     ConflictError,
     CorruptDataError,
@@ -128,6 +128,8 @@ class CheckReport:
         kept: Rows that were to be moved, and could not be. Empty is good.
         wal_bytes: How large the log of what was not yet moved into the file is; None if the database has no file. Some
             megabytes are usual. It grows while somebody keeps a transaction open, a reader as well.
+        hard_links: How many names the database's file has; None if it has no file. With more than one, programs that
+            open it by different ones lose each other's writes.
     """
 
     sqlite_version: str
@@ -140,6 +142,7 @@ class CheckReport:
     quarantined: int = 0
     kept: tuple[KeptRows, ...] = ()
     wal_bytes: int | None = None
+    hard_links: int | None = None
 
     @property
     def ok(self) -> bool:
@@ -157,6 +160,7 @@ class CheckReport:
             _ADVICE_MOVED.format(rows=_rows(self.quarantined)): bool(self.quarantined),
             _ADVICE_KEPT.format(rows=_rows(sum(kept.rows for kept in self.kept))): bool(self.kept),
             _ADVICE_UNDECODABLE.format(rows=_rows(rows)): bool(rows) and not self.quarantined and not self.kept,
+            _ADVICE_LINKS.format(names=self.hard_links): (self.hard_links or 0) > 1,
             _ADVICE_UNLISTED.format(rows=_rows(sum(word.rows for word in self.unlisted))): bool(self.unlisted),
             _ADVICE_TIMES.format(rows=_rows(sum(times.rows for times in self.foreign_times))): bool(self.foreign_times),
             _ADVICE_BUG.format(version=self.sqlite_version): self.has_wal_reset_bug,
@@ -197,6 +201,12 @@ _ADVICE_UNDECODABLE = (
     "{rows} can't be read, and calls that meet one raise CorruptDataError; nothing else is affected. Mend each with "
     "SQL, or run swarmdb check --quarantine, or check(quarantine=True), which moves them aside, whole, so that "
     "nothing is lost. Find out which program wrote them: SwarmDB refuses such values."
+)
+_ADVICE_LINKS = (
+    "The file has {names} names (hard links), and SQLite keeps a log for each: programs that open it by different ones "
+    "lose each other's writes. Nothing is wrong as long as all of them use the same. A name that was meant as a backup "
+    "is none, since it changes with the file: make one with swarmdb backup. Find the others with find -samefile, and "
+    "remove them, or replace each by a symbolic link."
 )
 _ADVICE_UNLISTED = (
     "{rows} with words that SwarmDB does not list. They are read as they are: there is nothing to do, but look "
@@ -390,6 +400,7 @@ class MaintenanceOperations(Scope):
             quarantined=moved,
             kept=tuple(KeptRows(*place, rows) for place, rows in sorted(kept.items())),
             wal_bytes=log_bytes(self._location),
+            hard_links=hard_links(self._location),
         )
 
     def _pragma(self, name: Literal["page_count", "page_size"]) -> int:
