@@ -502,7 +502,8 @@ def _move_aside(held: Held, where: str, found: _Findings) -> tuple[int, Counter[
     with held.backend.reading_leniently(held.raw):
         for model in TABLES:
             name = str(model.__tablename__)
-            went, stayed = move_aside(held, where, model, found.bad_rows.get(name, []))
-            moved += went
-            kept.update({(name, reason): rows for reason, rows in stayed.items()})
+            if name in found.bad_rows:
+                went, stayed = move_aside(held, where, model, found.bad_rows[name])
+                moved += went
+                kept.update({(name, reason): rows for reason, rows in stayed.items()})
     return moved, kept
