@@ -143,8 +143,8 @@ def _condition(model: type[Record], source: TableClause, dialect: Dialect) -> Co
     if model is not SessionMemory:
         return row
     bad = source.alias()
-    # A column may hold NULL where an older program let it.
-    same_key = (source.c[part].is_not_distinct_from(bad.c[part]) for part in ("session_id", "memory_type", "key"))
+    # Where one of these is NULL, as an older program may have let it, each row of the key is bad by itself.
+    same_key = (source.c[part] == bad.c[part] for part in ("session_id", "memory_type", "key"))
     return or_(row, exists().where(_place(model, bad, dialect) == address, source.c.id <= bad.c.id, *same_key))
 
 
