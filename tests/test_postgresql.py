@@ -42,6 +42,7 @@ from moai_flow.memory import (
 )
 from moai_flow.memory.connections import Limit, Permits
 from moai_flow.memory.migrations import VERSION
+from moai_flow.memory.models import TABLES
 from postgres import Server
 
 EVENT: EventData = {"event_type": "spawn", "agent_id": "a", "agent_type": "t"}
@@ -481,6 +482,28 @@ def test_a_time_that_no_datetime_holds_is_named_and_can_be_moved_away(postgres_u
     assert [event.agent_id for event in store.get_events()] == ["good"]
     assert [memory.key for memory in store.list_memories("s")] == ["good"]
     assert run(postgres_url, "SELECT timestamp::text FROM agent_events_quarantine") == [("infinity",)]
+
+
+def test_vacuum_by_a_role_that_may_not_says_so(postgres_url: str, store: SwarmDB) -> None:
+    store.register_agent("a", "t")
+    role = f"role_{uuid4().hex[:12]}"
+    url = make_url(postgres_url).update_query_dict({"options": f"-c role={role}"})
+    run(postgres_url, f"CREATE ROLE {role}")
+    try:
+        run(postgres_url, f"GRANT SELECT ON ALL TABLES IN SCHEMA public TO {role}")
+        with SwarmDB(url=url) as other:
+            with pytest.raises(StorageError, match=r"only the owner may vacuum agent_events, .*; nothing was done"):
+                other.vacuum()
+            for table in [str(model.__tablename__) for model in TABLES[1:]]:
+                run(postgres_url, f"ALTER TABLE {table} OWNER TO {role}")
+            with pytest.raises(StorageError, match=r"may vacuum agent_events; nothing"):
+                other.vacuum()
+            run(postgres_url, f"ALTER TABLE agent_events OWNER TO {role}")
+            other.vacuum()
+    finally:
+        run(postgres_url, f"REASSIGN OWNED BY {role} TO CURRENT_USER")
+        run(postgres_url, f"DROP OWNED BY {role}")
+        run(postgres_url, f"DROP ROLE {role}")
 
 
 def test_text_in_another_order_is_refused(postgres_url: str, store: SwarmDB) -> None:

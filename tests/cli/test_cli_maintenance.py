@@ -187,6 +187,31 @@ def test_check_moves_what_is_wrong_aside_if_asked_to(swarmdb: Command, store: Pa
     assert after["ok"] is True
 
 
+def test_check_prints_the_first_of_many_alike_and_how_many_more_there_are(swarmdb: Command, path: Path) -> None:
+    with SwarmDB(path) as db:
+        db.insert_events({"event_type": "spawn", "agent_id": "a", "agent_type": "t"} for _ in range(1234))
+        db.register_agent("other", "t")
+    execute(path, "UPDATE agent_events SET metadata = '{', event_type = 'word ' || (id % 15)")
+    execute(path, "UPDATE agent_events SET timestamp = 'soon' WHERE id <= 10")
+    execute(path, "UPDATE agent_registry SET metadata = '['")
+    ran = swarmdb("check", "--db", path)
+
+    lines = [line.split() for line in ran.out.splitlines()]
+    assert sum(line[:2] == ["agent_events", "metadata"] for line in lines) == 5 + 1
+    # The last one says that they are not in this program's format, either.
+    assert sum(line[:2] == ["agent_events", "timestamp"] for line in lines) == 5 + 1 + 1
+    assert sum(line[:2] == ["agent_registry", "metadata"] for line in lines) == 1
+    assert sum(line[:2] == ["agent_events", "event_type"] for line in lines) == 5 + 1
+    assert len(lines) < 120
+    text = " ".join(ran.out.split())
+    assert "1,229 more" in text
+    assert "10 more" in text
+    assert "1,235 rows can't be read" in text
+    found = json.loads(swarmdb("check", "--db", path, "--json").out)
+    assert len(found["undecodable"]) == 1234 + 10 + 1
+    assert len(found["unlisted"]) == 15
+
+
 def test_check_says_which_rows_it_could_not_move_and_why(swarmdb: Command, store: Path) -> None:
     damage(store)
     execute(store, "CREATE TABLE notes (event INTEGER REFERENCES agent_events(id) ON DELETE CASCADE)")

@@ -152,7 +152,7 @@ PUT_TOGETHER = {
     ("backends", "PostgreSQL.end_reading"): "the name of a block's savepoint",
     ("engine", "_for_file"): "the page cache, as a number",
     ("migrations", "_check_columns"): "the name of a table of ours",
-    ("operations.maintenance", "MaintenanceOperations.vacuum"): "the names of our tables",
+    ("operations.maintenance", "_vacuum_on_server"): "the names of our tables",
     ("scope", "Block.begin"): "the name of its savepoint",
     ("scope", "Block._undo"): "the name of its savepoint",
     ("transfer", "<module>"): "the names of our tables",

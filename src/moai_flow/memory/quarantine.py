@@ -7,6 +7,7 @@ from typing import Any
 from sqlalchemy import (
     Column,
     ColumnElement,
+    Connection,
     Dialect,
     FromClause,
     MetaData,
@@ -14,6 +15,7 @@ from sqlalchemy import (
     TableClause,
     Text,
     and_,
+    bindparam,
     cast,
     column,
     delete,
@@ -86,10 +88,11 @@ def move_aside(held: Held, where: str, model: type[Record], addresses: Sequence[
         with held.backend.savepoint(held.raw, where):
             source, target = _tables(held, str(table_of(model).name))
             references = references_to(held.connection, source.name, target.columns.keys())
+            move = _Move(source, target, references, _condition(model, source, dialect))
             for address in addresses:
                 try:
                     with held.backend.savepoint(held.raw, where):
-                        moved += _move(held, source, target, references, _rows(model, source, address, dialect))
+                        moved += move(held.connection, address)
                 except (_Kept, DBAPIError) as error:
                     kept[_reason(error, held)] += 1
             if not moved:
@@ -133,14 +136,15 @@ def _tables(held: Held, name: str) -> tuple[TableClause, TableClause]:
     return table(name, *map(column, dict.fromkeys([*columns, *hidden]))), table(target, *map(column, columns))
 
 
-def _rows(model: type[Record], source: TableClause, address: Any, dialect: Dialect) -> ColumnElement[bool]:
-    """Return the condition for a row, and for what has to go with it."""
+def _condition(model: type[Record], source: TableClause, dialect: Dialect) -> ColumnElement[bool]:
+    """Return the condition for the row at an address, and for what has to go with it."""
+    address: ColumnElement[Any] = bindparam("address")
     row: ColumnElement[bool] = _place(model, source, dialect) == address
     if model is not SessionMemory:
         return row
     bad = source.alias()
-    # A column may hold NULL where an older program let it.
-    same_key = (source.c[part].is_not_distinct_from(bad.c[part]) for part in ("session_id", "memory_type", "key"))
+    # Where one of these is NULL, as an older program may have let it, each row of the key is bad by itself.
+    same_key = (source.c[part] == bad.c[part] for part in ("session_id", "memory_type", "key"))
     return or_(row, exists().where(_place(model, bad, dialect) == address, source.c.id <= bad.c.id, *same_key))
 
 
@@ -153,30 +157,41 @@ def _place(model: type[Record], source: FromClause, dialect: Dialect) -> ColumnE
     return place
 
 
-def _move(
-    held: Held,
-    source: TableClause,
-    target: TableClause,
-    references: Sequence[Reference],
-    condition: ColumnElement[bool],
-) -> int:
-    """Move the rows that meet *condition*, and return how many those are.
+class _Move:
+    """Moves one row after the other: its statements are made once for a table."""
 
-    Raises:
-        _Kept: If that would take something along, or leave something behind.
-    """
-    connection = held.connection
-    for reference in references:
-        child = reference.table.alias()
-        refers = and_(*(source.c[ours] == child.c[theirs] for theirs, ours in reference.pairs))
-        # Whatever the key does then: delete its row as well, forget what it referred to, or fail at the commit.
-        if connection.scalar(select(exists().where(condition, refers))):
-            raise _Kept(f"a row of {reference.table.name} refers to it")
-    counted = {"preserve_rowcount": True}
-    names = target.columns.keys()
-    rows = select(*(source.c[name] for name in names)).where(condition)
-    copied = connection.execute(insert(target).from_select(names, rows), execution_options=counted).rowcount
-    deleted = connection.execute(delete(source).where(condition), execution_options=counted).rowcount
-    if deleted != copied or connection.scalar(select(exists().select_from(source).where(condition))):
-        raise _Kept("a trigger keeps it from being copied or deleted")
-    return copied
+    def __init__(
+        self,
+        source: TableClause,
+        target: TableClause,
+        references: Sequence[Reference],
+        condition: ColumnElement[bool],
+    ) -> None:
+        """Move from *source* to *target* what meets *condition*, unless one of *references* leads to it."""
+        self._referring = []
+        for reference in references:
+            child = reference.table.alias()
+            refers = and_(*(source.c[ours] == child.c[theirs] for theirs, ours in reference.pairs))
+            self._referring.append((reference.table.name, select(exists().where(condition, refers))))
+        names = target.columns.keys()
+        rows = select(*(source.c[name] for name in names)).where(condition)
+        self._copy = insert(target).from_select(names, rows)
+        self._delete = delete(source).where(condition)
+        self._remains = select(exists().select_from(source).where(condition))
+
+    def __call__(self, connection: Connection, address: Any) -> int:
+        """Move a row, and what has to go with it, and return how many those are.
+
+        Raises:
+            _Kept: If that would take something along, or leave something behind.
+        """
+        bound, counted = {"address": address}, {"preserve_rowcount": True}
+        for name, is_referring in self._referring:
+            # Whatever the key does then: delete its row as well, forget what it referred to, or fail at the commit.
+            if connection.scalar(is_referring, bound):
+                raise _Kept(f"a row of {name} refers to it")
+        copied = connection.execute(self._copy, bound, execution_options=counted).rowcount
+        deleted = connection.execute(self._delete, bound, execution_options=counted).rowcount
+        if deleted != copied or connection.scalar(self._remains, bound):
+            raise _Kept("a trigger keeps it from being copied or deleted")
+        return copied

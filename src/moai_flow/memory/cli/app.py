@@ -4,7 +4,8 @@ import io
 import math
 import sqlite3
 import sys
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from importlib import metadata
@@ -727,7 +728,7 @@ def _show_check(found: CheckReport) -> None:
             "names of the file": found.hard_links,
         }
     )
-    show.table("Damage to the file", [show.text("problem")], ([problem] for problem in found.integrity))
+    show.table("Damage to the file", [show.text("problem")], _first(((problem,) for problem in found.integrity), 0))
     if found.tables:
         show.table(
             "Tables that can't be used",
@@ -737,18 +738,18 @@ def _show_check(found: CheckReport) -> None:
     show.table(
         "Values that can't be read",
         list(map(show.text, ("table", "column", "row", "reason"))),
-        ((fault.table, fault.column, fault.row, fault.reason) for fault in found.undecodable),
+        _first(((fault.table, fault.column, fault.row, fault.reason) for fault in found.undecodable), 2),
     )
     if found.kept:
         show.table(
             "Rows that could not be moved",
             [*map(show.text, ("table", "reason")), show.number("rows")],
-            ((kept.table, kept.reason, kept.rows) for kept in found.kept),
+            _first(((kept.table, kept.reason, kept.rows) for kept in found.kept), 1),
         )
     show.table(
         "Words outside the enums",
         [*map(show.text, ("table", "column", "word")), show.number("rows")],
-        ((word.table, word.column, word.value, word.rows) for word in found.unlisted),
+        _first(((word.table, word.column, word.value, word.rows) for word in found.unlisted), 2),
     )
     show.table(
         "Times in another program's format",
@@ -756,6 +757,24 @@ def _show_check(found: CheckReport) -> None:
         ((times.table, times.column, times.rows) for times in found.foreign_times),
     )
     show.table("What to do", [show.text("advice")], ([advice] for advice in found.advice))
+
+
+#: How many findings of a kind `check` prints. One bad writer leaves the same in every row.
+_FINDINGS = 5
+
+
+def _first(rows: Iterable[tuple[Any, ...]], by: int) -> Iterator[tuple[Any, ...]]:
+    """Yield the first of *rows* that are alike in so many first cells, and at the end how many more there are."""
+    counts: Counter[tuple[Any, ...]] = Counter()
+    row: tuple[Any, ...] = ()
+    for row in rows:
+        counts[row[:by]] += 1
+        if counts[row[:by]] <= _FINDINGS:
+            yield row
+    for kind, number in counts.items():
+        if number > _FINDINGS:
+            more = f"{number - _FINDINGS:,} more: see --json"
+            yield (*kind, more, *[""] * (len(row) - by - 1))
 
 
 def _decoded(value: str) -> Any:

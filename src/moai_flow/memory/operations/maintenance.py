@@ -41,6 +41,17 @@ _VERSION = Statement(select(table_of(SchemaInfo).c.value).where(table_of(SchemaI
 _SIZE_ON_SERVER = Statement(select(func.pg_database_size(func.current_database())))
 _PRAGMAS = {"page_count": "PRAGMA page_count", "page_size": "PRAGMA page_size"}
 
+# As VACUUM itself decides, which only warns. PostgreSQL 17 has a right of its own for it.
+_NOT_OURS_TO_VACUUM = """
+    SELECT string_agg(relname, ', ') FROM pg_class
+    WHERE oid IN (SELECT to_regclass(name) FROM unnest(%s::text[]) AS name) AND NOT (
+        pg_has_role(relowner, 'USAGE')
+        OR pg_has_role((SELECT datdba FROM pg_database WHERE datname = current_database()), 'USAGE')
+        OR CASE WHEN current_setting('server_version_num')::int >= 170000
+            THEN has_table_privilege(pg_class.oid, 'MAINTAIN') ELSE false END
+    )
+"""
+
 #: For how long vacuum() keeps writers waiting for readers, in seconds: for all but long ones.
 _READERS_WAITED_FOR = 1.0
 
@@ -282,7 +293,7 @@ class MaintenanceOperations(Scope):
         Raises:
             TransactionError: Inside a transaction.
             BusyError: If another user keeps the database for longer than the busy timeout.
-            StorageError: If the disk is full, or the database can't be written.
+            StorageError: If the disk is full, the database can't be written, or on PostgreSQL it is another role's.
             ClosedError: After `close`.
         """
         self._refuse_in_block("vacuum()")
@@ -291,7 +302,7 @@ class MaintenanceOperations(Scope):
         try:
             with translating(self._connections.where):
                 if self._location.is_on_server:
-                    held.raw.execute("VACUUM " + ", ".join(str(model.__tablename__) for model in TABLES))
+                    _vacuum_on_server(held.raw, self._connections.where)
                     return
                 held.raw.execute("VACUUM")
                 # The rebuilt pages are in the log; this moves them into the file and cuts the file to its new size. It
@@ -419,6 +430,14 @@ class MaintenanceOperations(Scope):
             raise TransactionError(f"{call} can't run inside a transaction")
 
 
+def _vacuum_on_server(raw: Any, where: str) -> None:
+    names = [str(model.__tablename__) for model in TABLES]
+    (refused,) = raw.execute(_NOT_OURS_TO_VACUUM, (names,)).fetchone()
+    if refused is not None:
+        raise StorageError(f"{where}: only the owner may vacuum {refused}; nothing was done")
+    raw.execute("VACUUM " + ", ".join(names))
+
+
 def has_wal_reset_bug(version: tuple[int, ...]) -> bool:
     """Whether a version of SQLite has the bug that is described at https://sqlite.org/wal.html#walresetbug."""
     if version[:2] in _WAL_RESET_MENDED:
@@ -514,7 +533,8 @@ def _move_aside(held: Held, where: str, found: _Findings) -> tuple[int, Counter[
     with held.backend.reading_leniently(held.raw):
         for model in TABLES:
             name = str(model.__tablename__)
-            went, stayed = move_aside(held, where, model, found.bad_rows.get(name, []))
-            moved += went
-            kept.update({(name, reason): rows for reason, rows in stayed.items()})
+            if name in found.bad_rows:
+                went, stayed = move_aside(held, where, model, found.bad_rows[name])
+                moved += went
+                kept.update({(name, reason): rows for reason, rows in stayed.items()})
     return moved, kept
