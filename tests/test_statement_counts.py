@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 
 from conftest import Clock
 from driver import Statements, counting
-from moai_flow.memory import EventCursor, EventData, InvalidInputError, SwarmDB
+from moai_flow.memory import EventCursor, EventData, InvalidInputError, RetentionPolicy, SwarmDB
 from moai_flow.memory.operations import events
 
 EVENT: EventData = {"event_type": "spawn", "agent_id": "a", "agent_type": "t"}
@@ -166,6 +167,19 @@ def test_the_first_write_of_an_hour_looks_whether_old_rows_are_to_be_removed(
     events, memory, metrics = ["DELETE"], ["SELECT", "SELECT", "SELECT"], ["DELETE", "DELETE", "DELETE"]
     claimed = ["SELECT", "PRAGMA", "PRAGMA", "BEGIN", "PRAGMA", "SAVEPOINT", "SELECT"]
     assert words(sent) == [*claimed, *events, *memory, *metrics, "INSERT", "RELEASE", "COMMIT", "INSERT"]
+
+
+def test_a_cleanup_removes_a_chunk_of_memories_in_one_transaction(
+    store: SwarmDB, sent: Statements, clock: Clock
+) -> None:
+    for key in ("a", "b"):
+        store.store_memory("s", "semantic", key, 1, ttl_hours=1)
+    clock.advance(hours=2)
+    sent.clear()
+    store.cleanup(policy=replace(RetentionPolicy.keep_all(), memory=timedelta()))
+
+    found = ["SELECT", "SELECT"]
+    assert words(sent) == [*found, "BEGIN", "SAVEPOINT", "DELETE", "DELETE", "RELEASE", "COMMIT", "SELECT"]
 
 
 def test_a_block_costs_four_statements_and_a_nested_one_two(store: SwarmDB, sent: Statements) -> None:

@@ -365,9 +365,12 @@ def _decode_place(text: str) -> _Place | None:
     if not text.startswith("{"):
         return None
     found = json.loads(text)
-    if found["table"] not in _NAMES:
-        raise ValueError(f"no table is called {found['table']!r}")
-    return _Place(decode_time(found["began"]), found["table"], found["after"])
+    name, after = found.get("table"), found.get("after")
+    if name not in _NAMES:
+        raise ValueError(f"no table is called {name!r}")
+    if after is not None and type(after) is not (str if name == "agents" else int):
+        raise ValueError(f"{after!r} is no key of {name}")
+    return _Place(decode_time(found.get("began")), name, after)
 
 
 class _Marks(NamedTuple):
