@@ -169,6 +169,16 @@ def test_the_first_write_of_an_hour_looks_whether_old_rows_are_to_be_removed(
     assert words(sent) == [*claimed, *events, *memory, *metrics, "INSERT", "RELEASE", "COMMIT", "INSERT"]
 
 
+def test_a_cleanup_of_fewer_old_rows_than_a_chunk_is_one_statement(
+    store: SwarmDB, sent: Statements, clock: Clock
+) -> None:
+    clock.advance(days=40)
+    sent.clear()
+    assert store.cleanup_old_events(30) == 25
+
+    assert words(sent) == ["DELETE"]
+
+
 def test_a_cleanup_removes_a_chunk_of_memories_in_one_transaction(
     store: SwarmDB, sent: Statements, clock: Clock
 ) -> None:
@@ -237,6 +247,13 @@ def test_iterating_costs_one_statement_a_page(
     assert len(list(store.iter_events(batch_size=batch_size))) == 25
 
     assert len(sent) == statements  # The first one notes where the log ends.
+
+
+def test_a_page_after_the_first_is_bounded_below_by_its_place_alone(store: SwarmDB, sent: Statements) -> None:
+    sent.clear()
+    assert len(list(store.iter_events(since=PAST, batch_size=10))) == 25
+
+    assert [statement.count("timestamp >=") for statement in sent[1:]] == [1, 1, 1]
 
 
 def test_a_poll_costs_one_statement_and_one_more_for_each_page_that_there_is(store: SwarmDB, sent: Statements) -> None:
