@@ -789,6 +789,43 @@ def test_it_waits_for_nobody(path: Path, clock: Clock) -> None:
         assert count(db) == 0
 
 
+@pytest.mark.parametrize("kind", ["file", "postgresql"])
+def test_what_another_has_done_since_the_look_is_not_done_again(
+    kind: str, path: Path, clock: Clock, request: pytest.FixtureRequest
+) -> None:
+    class Late(SwarmDB):
+        """Looks at the marks just before another writes."""
+
+        def _marks(self) -> Any:
+            marks = super()._marks()
+            if other.last_cleanup != clock.now:
+                event(other, clock.now)
+                event(other, clock.now - timedelta(days=31), "old")
+            return marks
+
+    url = url_of(kind, path, request)
+    with SwarmDB(url=url, clock=clock) as other, Late(url=url, clock=clock) as db:
+        clock.advance(days=31)
+        event(db, clock.now)
+
+        assert other.last_cleanup == clock.now
+        assert count(db) == 1
+
+
+def test_on_a_server_a_cleanup_is_left_to_who_is_at_it(postgres_url: str, clock: Clock) -> None:
+    with SwarmDB(url=postgres_url, clock=clock) as db, SwarmDB(url=postgres_url, clock=clock) as other:
+        event(db, clock.now, "old")
+        clock.advance(days=31)
+        with other._nothing_by_itself(), other.transaction():
+            assert other._tuples(retention._CLAIM, {}) == [(True,)]
+            event(db, clock.now)
+            assert count(db) == 1
+        clock.advance(seconds=1)
+        event(db, clock.now)
+
+        assert count(db) == 0
+
+
 def test_a_write_does_not_fail_because_old_rows_can_not_be_removed(
     db: SwarmDB, clock: Clock, caplog: pytest.LogCaptureFixture
 ) -> None:
