@@ -272,6 +272,13 @@ class Server:
         self._execute(sql.SQL(statement).format(sql.Identifier(name)))
         return self.url(name)
 
+    def copy_database(self, url: str) -> str:
+        """Create a copy of a database that nobody is connected to, and return its URL."""
+        name, original = f"test_{uuid4().hex[:12]}", urlsplit(url).path.removeprefix("/")
+        statement = sql.SQL("CREATE DATABASE {} TEMPLATE {}")
+        self._execute(statement.format(sql.Identifier(name), sql.Identifier(original)))
+        return self.url(name)
+
     def drop_database(self, url: str) -> None:
         """Drop a database, and end the connections to it."""
         name = urlsplit(url).path.removeprefix("/")

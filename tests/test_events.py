@@ -173,6 +173,21 @@ def test_a_page_continues_from_a_kept_cursor_though_its_event_is_gone(db: SwarmD
     assert [found.agent_id for found in db.get_events(before=cursor)] == ["1"]
 
 
+def test_pages_follow_each_other_past_an_event_whose_time_another_program_wrote(local_db: SwarmDB) -> None:
+    local_db.insert_event(event("ours", timestamp="2025-01-01T01:00:00Z"))
+    with local_db.transaction() as conn:
+        conn.execute(
+            "INSERT INTO agent_events (event_id, event_type, agent_id, agent_type, timestamp) "
+            "VALUES ('x', 'spawn', 'theirs', 't', '2025-01-01 23:00:00')"
+        )
+    seen = page = local_db.get_events(limit=1)
+    while page and len(seen) < 5:
+        page = local_db.get_events(limit=1, before=page[-1])
+        seen = [*seen, *page]
+
+    assert [found.agent_id for found in seen] == ["ours", "theirs"]  # In the order of their texts.
+
+
 @pytest.mark.parametrize(
     "before",
     [

@@ -13,9 +13,11 @@ from pydantic import BaseModel, ValidationError
 
 from moai_flow.memory import (
     AgentEvent,
+    AgentMetricType,
     AgentStatus,
     EventType,
     InvalidInputError,
+    MemoryType,
     SwarmDB,
     SwarmDBError,
 )
@@ -93,6 +95,14 @@ BAD: dict[str, tuple[Callable[[Any], Any], str]] = {
         "event_type: .*expected one of",
     ),
     "state that a row brought": (lambda db: db.update_agent_status("a", AgentStatus.read("zombie")), "status: "),
+    "memory of a type that a row brought": (
+        lambda db: db.store_memory("s", MemoryType.read("dream"), "k", 1),
+        "memory_type: .*expected one of",
+    ),
+    "figure of a type that a row brought": (
+        lambda db: db.store_agent_metric("a", AgentMetricType.read("mood"), 1),
+        "metric_type: .*expected one of",
+    ),
     "batch that is none": (lambda db: db.insert_events(None), "events: got None"),
     "batch that is one event": (lambda db: db.insert_events(EVENT), "events: got {.*a list"),
     "negative limit": (lambda db: db.get_events(limit=-1), "limit: got -1, expected a whole number from 0"),

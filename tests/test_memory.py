@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from pydantic import BaseModel
 
 from conftest import Clock
-from moai_flow.memory import InvalidInputError, MemoryType, SwarmDB
+from moai_flow.memory import CorruptDataError, InvalidInputError, MemoryType, SwarmDB
 
 
 class Prefs(BaseModel):
@@ -218,6 +218,15 @@ def test_a_stored_none_is_no_model(db: SwarmDB) -> None:
         db.get_memory("s", "semantic", "k", as_type=Prefs)
 
 
+def test_a_value_that_is_no_json_is_no_fault_of_the_type(local_db: SwarmDB) -> None:
+    local_db.store_memory("s", "semantic", "k", 1)
+    with local_db.transaction() as conn:
+        conn.execute("UPDATE session_memory SET value = '{'")
+
+    with pytest.raises(CorruptDataError, match="value"):
+        local_db.get_memory("s", "semantic", "k", as_type=int)
+
+
 def test_null_of_an_older_program_reads_as_none(db: SwarmDB) -> None:
     with db.transaction() as conn:
         conn.execute(
@@ -226,4 +235,6 @@ def test_null_of_an_older_program_reads_as_none(db: SwarmDB) -> None:
         )
 
     assert db.get_memory("s", "semantic", "k", default=1) is None
+    nothing: Any = type(None)
+    assert db.get_memory("s", "semantic", "k", as_type=nothing, default=1) is None
     assert db.list_memories("s")[0].value is None

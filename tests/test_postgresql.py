@@ -732,6 +732,28 @@ def test_an_interrupt_that_is_caught_in_a_block_leaves_it_as_it_was(postgres_url
     assert len(store.list_agents()) == 2
 
 
+def test_an_interrupt_of_a_batch_ends_its_connection_and_the_block_though_it_is_caught(
+    postgres_url: str, store: SwarmDB
+) -> None:
+    def interrupt(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    previous = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        with SwarmDB(url=postgres_url) as other, other.transaction() as conn:
+            conn.execute("LOCK agent_events")
+            with pytest.raises(TransactionError, match="ended inside"), store.transaction():
+                store.register_agent("a", "t")
+                signal.setitimer(signal.ITIMER_REAL, 0.3)
+                with pytest.raises(KeyboardInterrupt):
+                    store.insert_events([EVENT] * 3)
+                # What the batch had not fetched would be taken for the answers to what comes next.
+                store.register_agent("b", "t")
+    finally:
+        signal.signal(signal.SIGALRM, previous)
+    assert store.list_agents() == []
+
+
 def test_a_place_in_the_pool_that_nobody_has_any_more_is_free_again() -> None:
     permits = Permits(Limit(connections=1, patience=0))
     permit = permits.take()

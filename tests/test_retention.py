@@ -645,6 +645,34 @@ def test_what_takes_longer_than_a_day_goes_on_where_it_was(
     assert db.last_cleanup is not None
 
 
+def test_a_write_looks_at_a_part_of_the_memories(db: SwarmDB, clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(retention, "_FEW", 8)
+    monkeypatch.setattr(retention, "_LOOKED_AT", 10)
+    for number in range(100):
+        db.store_memory("s", "semantic", f"kept {number}", number)
+    clock.advance(days=2)
+
+    is_done = []
+    for _ in range(3):
+        event(db, clock.now)
+        is_done.append(db.last_cleanup is not None)
+    assert is_done == [False, False, True]  # Each looks at ten of them four times.
+
+
+def test_of_more_dead_memories_than_one_write_removes_none_is_passed_over(
+    db: SwarmDB, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(retention, "_FEW", 8)
+    for number in range(30):
+        db.store_memory("s", "semantic", f"dead {number}", number, ttl_hours=1)
+    clock.advance(days=40)
+
+    for _ in range(5):
+        event(db, clock.now)
+    assert db.last_cleanup == clock.now
+    assert rows_of(db, "session_memory") == 0
+
+
 def test_a_day_passes_between_two(db: SwarmDB, clock: Clock) -> None:
     clock.advance(days=2)
     event(db, clock.now)
@@ -671,11 +699,22 @@ def test_a_policy_that_changes_is_heeded_within_the_hour(path: Path, clock: Cloc
         assert count(db) == 0
 
 
+def mark_cleanup(db: SwarmDB, clock: Clock, value: str) -> None:
+    """Have the database say so of its last cleanup, when it is time to look again."""
+    clock.advance(hours=2)
+    with db._nothing_by_itself():
+        db._write(retention.MARK, {"key": "last_cleanup", "value": value, "updated_at": clock.now})
+
+
+def place(began: datetime, table: Any, after: Any = None) -> str:
+    return json.dumps({"began": began.isoformat(), "table": table, "after": after})
+
+
 @pytest.mark.parametrize(
     "mark",
     [
         "2100-01-01T00:00:00+00:00",
-        '{"began": "2100-01-01T00:00:00+00:00", "table": "agents", "after": "z"}',
+        place(datetime(2100, 1, 1, tzinfo=UTC), "agents", "z"),
         "nonsense",
         '{"table": 1}',
         "{",
@@ -685,19 +724,42 @@ def test_a_policy_that_changes_is_heeded_within_the_hour(path: Path, clock: Cloc
             for table in ("memory", "agents")
             for after in (2**70, -1, 1.5, '"\\ud800"', "[1]", "{}", "NaN", "true" if table == "agents" else '"1"')
         ),
+        place(Clock().now, "agent_events"),
+        place(Clock().now, "memory", "z"),
+        place(Clock().now, "agents", 1),
+        place(Clock().now, ["events"]),
     ],
 )
 def test_a_mark_of_a_clock_that_was_wrong_or_of_no_use_holds_nothing_up(db: SwarmDB, clock: Clock, mark: str) -> None:
-    event(db, clock.now, "old")
-    clock.advance(days=31)
-    run_mark = {"key": "last_cleanup", "value": mark, "updated_at": clock.now}
-    db._write(retention.MARK, run_mark)
-    db._write(retention.MARK, run_mark)
-    clock.advance(hours=2)
+    event(db, clock.now - timedelta(days=31), "old")
+    mark_cleanup(db, clock, mark)
     event(db, clock.now)
 
     assert count(db) == 0
     assert db.last_cleanup == clock.now
+
+
+@pytest.mark.parametrize(("hours", "goes_on"), [(-25, False), (-23, True), (0.9, True), (1.1, False)])
+def test_a_cleanup_that_began_within_a_day_goes_on_where_it_was(
+    db: SwarmDB, clock: Clock, hours: float, *, goes_on: bool
+) -> None:
+    event(db, clock.now - timedelta(days=40), "old")
+    mark_cleanup(db, clock, place(clock.now + timedelta(hours=2 + hours), "swarm_metrics"))
+    event(db, clock.now)
+
+    assert db.last_cleanup == clock.now
+    assert count(db) == (1 if goes_on else 0)
+
+
+@pytest.mark.parametrize(("hours", "is_due"), [(-25, True), (-23, False), (23, False), (25, True)])
+def test_a_cleanup_is_due_a_day_after_the_last_by_whose_clock_ever(
+    db: SwarmDB, clock: Clock, hours: float, *, is_due: bool
+) -> None:
+    event(db, clock.now - timedelta(days=40), "old")
+    mark_cleanup(db, clock, (clock.now + timedelta(hours=2 + hours)).isoformat())
+    event(db, clock.now)
+
+    assert count(db) == (0 if is_due else 1)
 
 
 def test_a_clock_that_was_years_ahead_and_was_set_right_holds_nothing_up(db: SwarmDB, clock: Clock) -> None:
@@ -760,6 +822,43 @@ def test_it_waits_for_nobody(path: Path, clock: Clock) -> None:
         with db.transaction() as connection:  # What it sets for its own sake is as before.
             assert connection.execute("PRAGMA busy_timeout").fetchone()[0] == 300
         assert count(db) == 1
+        clock.advance(seconds=1)
+        event(db, clock.now)
+
+        assert count(db) == 0
+
+
+@pytest.mark.parametrize("kind", ["file", "postgresql"])
+def test_what_another_has_done_since_the_look_is_not_done_again(
+    kind: str, path: Path, clock: Clock, request: pytest.FixtureRequest
+) -> None:
+    class Late(SwarmDB):
+        """Looks at the marks just before another writes."""
+
+        def _marks(self) -> Any:
+            marks = super()._marks()
+            if other.last_cleanup != clock.now:
+                event(other, clock.now)
+                event(other, clock.now - timedelta(days=31), "old")
+            return marks
+
+    url = url_of(kind, path, request)
+    with SwarmDB(url=url, clock=clock) as other, Late(url=url, clock=clock) as db:
+        clock.advance(days=31)
+        event(db, clock.now)
+
+        assert other.last_cleanup == clock.now
+        assert count(db) == 1
+
+
+def test_on_a_server_a_cleanup_is_left_to_who_is_at_it(postgres_url: str, clock: Clock) -> None:
+    with SwarmDB(url=postgres_url, clock=clock) as db, SwarmDB(url=postgres_url, clock=clock) as other:
+        event(db, clock.now, "old")
+        clock.advance(days=31)
+        with other._nothing_by_itself(), other.transaction():
+            assert other._tuples(retention._CLAIM, {}) == [(True,)]
+            event(db, clock.now)
+            assert count(db) == 1
         clock.advance(seconds=1)
         event(db, clock.now)
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 
 from conftest import Clock
 from driver import Statements, counting
-from moai_flow.memory import EventCursor, EventData, InvalidInputError, SwarmDB
+from moai_flow.memory import EventCursor, EventData, InvalidInputError, RetentionPolicy, SwarmDB
 from moai_flow.memory.operations import events
 
 EVENT: EventData = {"event_type": "spawn", "agent_id": "a", "agent_type": "t"}
@@ -168,6 +169,29 @@ def test_the_first_write_of_an_hour_looks_whether_old_rows_are_to_be_removed(
     assert words(sent) == [*claimed, *events, *memory, *metrics, "INSERT", "RELEASE", "COMMIT", "INSERT"]
 
 
+def test_a_cleanup_of_fewer_old_rows_than_a_chunk_is_one_statement(
+    store: SwarmDB, sent: Statements, clock: Clock
+) -> None:
+    clock.advance(days=40)
+    sent.clear()
+    assert store.cleanup_old_events(30) == 25
+
+    assert words(sent) == ["DELETE"]
+
+
+def test_a_cleanup_removes_a_chunk_of_memories_in_one_transaction(
+    store: SwarmDB, sent: Statements, clock: Clock
+) -> None:
+    for key in ("a", "b"):
+        store.store_memory("s", "semantic", key, 1, ttl_hours=1)
+    clock.advance(hours=2)
+    sent.clear()
+    store.cleanup(policy=replace(RetentionPolicy.keep_all(), memory=timedelta()))
+
+    found = ["SELECT", "SELECT"]
+    assert words(sent) == [*found, "BEGIN", "SAVEPOINT", "DELETE", "DELETE", "RELEASE", "COMMIT", "SELECT"]
+
+
 def test_a_block_costs_four_statements_and_a_nested_one_two(store: SwarmDB, sent: Statements) -> None:
     sent.clear()
     with store.transaction(), store.transaction():
@@ -223,6 +247,13 @@ def test_iterating_costs_one_statement_a_page(
     assert len(list(store.iter_events(batch_size=batch_size))) == 25
 
     assert len(sent) == statements  # The first one notes where the log ends.
+
+
+def test_a_page_after_the_first_is_bounded_below_by_its_place_alone(store: SwarmDB, sent: Statements) -> None:
+    sent.clear()
+    assert len(list(store.iter_events(since=PAST, batch_size=10))) == 25
+
+    assert [statement.count("timestamp >=") for statement in sent[1:]] == [1, 1, 1]
 
 
 def test_a_poll_costs_one_statement_and_one_more_for_each_page_that_there_is(store: SwarmDB, sent: Statements) -> None:

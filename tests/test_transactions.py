@@ -6,7 +6,7 @@ import sqlite3
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import ExitStack, suppress
+from contextlib import AbstractContextManager, ExitStack, closing, suppress
 from pathlib import Path
 from types import FrameType
 
@@ -527,6 +527,22 @@ def test_a_read_only_session_refuses_every_write(db: SwarmDB) -> None:
     assert agents(db) == set()
     db.register_agent("b", "t")
     assert agents(db) == {"b"}
+
+
+def test_a_read_only_block_in_a_damaged_file_ends_as_any_other(path: Path) -> None:
+    with SwarmDB(path) as db:
+        db.insert_event(EVENT)
+    with closing(sqlite3.connect(path)) as raw:
+        (root,) = raw.execute("SELECT rootpage FROM sqlite_master WHERE name = 'agent_events'").fetchone()
+    content = bytearray(path.read_bytes())
+    content[(root - 1) * 4096 : root * 4096] = bytes(4096)
+    path.write_bytes(content)
+
+    with SwarmDB(path) as db:
+        blocks: list[AbstractContextManager[object]] = [db.session(readonly=True), db._block(readonly=True)]
+        for block in blocks:
+            with block, pytest.raises(StorageError, match="malformed"):
+                db.get_events()  # After which a commit would fail as well.
 
 
 def test_a_raw_end_inside_a_read_only_session_leaves_the_store_writable(db: SwarmDB) -> None:

@@ -49,9 +49,9 @@ def agents(events: Iterable[AgentEvent], count: int) -> list[str]:
 class Watcher:
     """A watcher that is asked for one poll at a time, so that a test sees when there is nothing."""
 
-    def __init__(self, db: SwarmDB, after: int = 0) -> None:
+    def __init__(self, db: SwarmDB, after: int = 0, poll: float = 0.5) -> None:
         self._db = db
-        self._watch = internals._Watch(internals._after(frozenset()), {}, 0.5)
+        self._watch = internals._Watch(internals._after(frozenset()), {}, poll)
         self.place = internals._Place(after, after)
 
     def poll(self) -> list[str]:
@@ -575,6 +575,46 @@ def test_other_locks_are_not_waited_for(postgres_url: str, store: SwarmDB) -> No
         other.execute("LOCK TABLE agent_events IN SHARE UPDATE EXCLUSIVE MODE")
 
         assert Watcher(store).poll() == ["a"]
+
+
+def test_a_writer_that_waits_for_the_table_is_not_waited_for(postgres_url: str, store: SwarmDB) -> None:
+    store.insert_event(event("a"))
+    waiting = "SELECT count(*) FROM pg_locks WHERE relation = 'agent_events'::regclass AND NOT granted"
+    with ThreadPoolExecutor(1) as pool, closing(connect(postgres_url)) as other:
+        other.execute("LOCK TABLE agent_events IN SHARE MODE")
+        inserting = pool.submit(store.insert_event, event("b"))
+        while other.execute(waiting).fetchone() == (0,):
+            pass
+
+        assert Watcher(store).poll() == ["a"]
+        other.rollback()
+        inserting.result()
+
+
+def test_nor_is_one_in_a_copy_of_the_database(postgres_server: Server, postgres_url: str) -> None:
+    with SwarmDB(url=postgres_url) as store:
+        store.insert_event(event("a"))
+    copy = postgres_server.copy_database(postgres_url)  # In which the table has the same number.
+    try:
+        with SwarmDB(url=postgres_url) as store, closing(connect(copy)) as other:
+            insert(other, "b")
+
+            assert Watcher(store).poll() == ["a"]
+    finally:
+        postgres_server.drop_database(copy)
+
+
+def test_it_looks_ever_less_often_whether_a_writer_has_ended(postgres_url: str, store: SwarmDB) -> None:
+    with closing(connect(postgres_url)) as other:
+        insert(other, "lower")
+        store.insert_event(event("higher"))
+        watcher, eager = Watcher(store), Watcher(store, poll=0.001)
+        pauses = []
+        for _ in range(9):
+            assert watcher.poll() == eager.poll() == []
+            pauses.append((watcher.place.pause, eager.place.pause))
+
+    assert pauses == [(pause, 0.001) for pause in (0.005, 0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.5, 0.5)]
 
 
 def test_the_tables_may_be_in_a_schema_of_their_own(postgres_url: str) -> None:

@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from datetime import datetime
 from functools import cache
 from typing import Any, NamedTuple
@@ -504,5 +504,5 @@ def _id_of(event: int | AgentEvent) -> int:
     return inputs.whole(number, field="after")
 
 
-def _as_array(words: Iterable[str] | None) -> str | None:
-    return None if words is None else json.dumps(list(dict.fromkeys(words)))
+def _as_array(words: Sequence[str] | None) -> str | None:
+    return None if words is None else json.dumps(words)

@@ -369,19 +369,19 @@ def _decode_place(text: str) -> _Place | None:
     """Return how far a cleanup is, or None if the mark says that the last one was completed.
 
     Raises:
-        ValueError: If it says no place that a cleanup comes to; so do TypeError and KeyError.
+        ValueError: If it says no place that a cleanup comes to; so does TypeError.
     """
     if not text.startswith("{"):
         return None
     found = decode_json(text)
-    name, after = found["table"], found["after"]
+    name, after = found.get("table"), found.get("after")
     if name not in _NAMES:
         raise ValueError(f"no table is called {name!r}")
     if name == "memory" and after is not None:
         inputs.whole(after, field="after")
     if name == "agents" and after is not None and not (isinstance(after, str) and is_unicode(after)):
         raise ValueError(f"{after!r} is no agent's id")
-    return _Place(decode_time(found["began"]), name, after)
+    return _Place(decode_time(found.get("began")), name, after)
 
 
 class _Marks(NamedTuple):
