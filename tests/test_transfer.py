@@ -655,6 +655,11 @@ def test_a_database_is_not_copied_into_itself(source: SwarmDB, tmp_path: Path) -
                 copy_database(source, other, resume=resume)
 
 
+def test_nor_is_one_in_memory(new: NewStore) -> None:
+    with new("memory") as db, pytest.raises(InvalidInputError, match="another database than the source"):
+        copy_database(db, db)
+
+
 def test_a_server_database_is_not_copied_into_itself_but_into_another_schema(
     postgres_url: str, source: SwarmDB
 ) -> None:
