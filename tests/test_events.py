@@ -203,6 +203,11 @@ def test_what_is_no_position_is_refused(db: SwarmDB, before: AgentEvent | EventC
         db.get_events(before=before)
 
 
+def test_only_an_event_that_was_read_has_a_position() -> None:
+    with pytest.raises(ValueError, match="not read from a database"):
+        AgentEvent(event_type=EventType.SPAWN, agent_id="a", agent_type="t").cursor  # noqa: B018 (it raises)
+
+
 def test_a_batch_returns_its_ids_in_order(db: SwarmDB) -> None:
     made = AgentEvent(event_type=EventType.ERROR, agent_id="c", agent_type="t")
     ids = db.insert_events([event("a"), event("b"), made])

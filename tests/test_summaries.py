@@ -476,6 +476,21 @@ def test_a_series_has_its_empty_buckets(db: SwarmDB) -> None:
     assert [bucket.value for bucket in db.metric_series("success_rate", bucket=DAY)] == [0.5]
 
 
+def test_of_what_was_removed_meanwhile_there_is_no_series(path: Path) -> None:
+    class Late(SwarmDB):
+        """Adds up once the metrics are gone."""
+
+        def _figure_rows(self, *arguments: Any, **options: Any) -> Any:
+            with self.transaction() as raw:
+                raw.execute("DELETE FROM agent_metrics")
+            return super()._figure_rows(*arguments, **options)
+
+    with Late(path) as db:
+        db.store_agent_metric("a", "duration", 1, timestamp="2025-01-01T00:00:00Z")
+        kind = AgentMetricType.DURATION
+        assert db.metric_series(kind, bucket=timedelta(days=1), since="2025-01-01T00:00:00Z") == []
+
+
 def test_a_series_reaches_from_since_to_the_last_moment_before_until(db: SwarmDB) -> None:
     db.store_task_metric("t", "a", 10, "success", timestamp=NOON)
 

@@ -6,6 +6,7 @@ import sqlite3
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from datetime import UTC, datetime, timedelta
 from hashlib import sha256
@@ -488,6 +489,24 @@ def test_what_a_killed_copy_has_under_way_is_waited_for(source: SwarmDB, new: Ne
     assert answers(target) == answers(source)
 
 
+def test_what_a_killed_copy_still_commits_is_there_already(source: SwarmDB, new: NewStore) -> None:
+    target = new("server")
+    plain = make_url(target._location.url).set(drivername="postgresql").render_as_string(hide_password=False)
+    first = min(source.get_agent_metrics(), key=lambda metric: metric.metric_id or 0)
+    with source.transaction() as raw:
+        (metadata,) = raw.execute("SELECT metadata FROM agent_metrics ORDER BY metric_id").fetchone()
+    with ThreadPoolExecutor(1) as pool, psycopg.connect(plain) as killed:
+        row = (first.metric_id, first.agent_id, first.metric_type.value, first.value, metadata, first.timestamp)
+        killed.execute("INSERT INTO agent_metrics VALUES (%s, %s, %s, %s, %s, %s)", row)
+        copying = pool.submit(copy_database, source, target, resume=True)
+        while killed.execute("SELECT count(*) FROM pg_locks WHERE NOT granted").fetchone() == (0,):
+            pass
+        killed.commit()
+        report = copying.result()
+
+    assert [table.already_there for table in report.tables if table.table == "agent_metrics"] == [1]
+
+
 def test_an_exception_between_two_batches_leaves_what_was_written(source: SwarmDB, new: NewStore) -> None:
     target = new("file")
 
@@ -655,6 +674,11 @@ def test_a_database_is_not_copied_into_itself(source: SwarmDB, tmp_path: Path) -
                 copy_database(source, other, resume=resume)
 
 
+def test_nor_is_one_in_memory(new: NewStore) -> None:
+    with new("memory") as db, pytest.raises(InvalidInputError, match="another database than the source"):
+        copy_database(db, db)
+
+
 def test_a_server_database_is_not_copied_into_itself_but_into_another_schema(
     postgres_url: str, source: SwarmDB
 ) -> None:
@@ -671,6 +695,19 @@ def test_a_server_database_is_not_copied_into_itself_but_into_another_schema(
             assert answers(other) == answers(source)
             assert other.store_agent_metric("a", "duration", 1) == 4
         assert one.store_agent_metric("a", "duration", 1) == 4
+
+
+def test_a_servers_copy_of_a_database_is_another_one(postgres_server: Server, postgres_url: str) -> None:
+    SwarmDB(url=postgres_url).close()
+    url = postgres_server.copy_database(postgres_url)  # In which the tables have the same numbers.
+    try:
+        with SwarmDB(url=postgres_url) as one, SwarmDB(url=url) as other:
+            one.store_agent_metric("a", "duration", 1)
+            copy_database(one, other)
+
+            assert answers(other) == answers(one)
+    finally:
+        postgres_server.drop_database(url)
 
 
 def test_a_transaction_that_is_open_is_not_joined(source: SwarmDB, new: NewStore) -> None:

@@ -70,8 +70,8 @@ class Insert(Statement):
 class Query(Statement, Generic[R]):
     """A statement that returns whole rows of one table."""
 
-    def __init__(self, model: type[R], clause: Clause, *, writes: Table | None = None) -> None:
-        super().__init__(clause, writes=writes)
+    def __init__(self, model: type[R], clause: Clause) -> None:
+        super().__init__(clause)
         self.model = model
 
 

@@ -30,7 +30,7 @@ def _upsert(dialect: Dialect) -> Executable:
     return clause
 
 
-_REGISTER = Query(RegisteredAgent, _upsert, writes=_AGENTS)
+_REGISTER = Query(RegisteredAgent, _upsert)
 _UPDATE = update(_AGENTS).where(_AGENTS.c.agent_id == bindparam("agent"))
 _END = _UPDATE.values(
     status=bindparam("status"),
@@ -38,7 +38,7 @@ _END = _UPDATE.values(
     duration_ms=func.coalesce(bindparam("duration_ms"), _AGENTS.c.duration_ms),
     last_updated=bindparam("last_updated"),
 )
-_FINISH = Query(RegisteredAgent, _END.returning(*_AGENTS.columns), writes=_AGENTS)
+_FINISH = Query(RegisteredAgent, _END.returning(*_AGENTS.columns))
 _IS_SPAWN = _AGENTS.c.spawn_time == bindparam("spawned")
 _FINISH_SPAWN = Statement(_END.where(_IS_SPAWN), writes=_AGENTS)
 _FINISH_SILENT = Query(
@@ -48,7 +48,6 @@ _FINISH_SILENT = Query(
         # As it is stored: other programs write times in other ways.
         type_coerce(_AGENTS.c.last_updated, AsStored) == bindparam("seen_update"),
     ).returning(*_AGENTS.columns),
-    writes=_AGENTS,
 )
 _BEAT = Statement(_UPDATE.where(HAS_NOT_ENDED).values(last_updated=bindparam("last_updated")), writes=_AGENTS)
 _BEAT_SPAWN = Statement(
@@ -59,7 +58,6 @@ _RESUME = Query(
     _UPDATE.values(
         status=bindparam("status"), complete_time=None, duration_ms=None, last_updated=bindparam("last_updated")
     ).returning(*_AGENTS.columns),
-    writes=_AGENTS,
 )
 _IS_REGISTERED = Statement(select(_AGENTS.c.agent_id).where(_AGENTS.c.agent_id == bindparam("agent")))
 _BY_ID = Query(RegisteredAgent, select(_AGENTS).where(_AGENTS.c.agent_id == bindparam("agent_id")))

@@ -160,7 +160,7 @@ class MetricOperations(Scope):
                 keys = _free(wanted, taken)
                 bound = [program.rebind(row, timestamp=time) for row, (_, time) in zip(bound, keys, strict=True)]
             # In the order of keys, two batches never wait for each other.
-            if keys is wanted and is_in_order:
+            if is_in_order:  # And stays so: a free time is never passed by one that was before it.
                 in_order = bound
             else:
                 in_order = [row for _, row in sorted(zip(keys, bound, strict=True), key=itemgetter(0))]
