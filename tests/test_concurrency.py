@@ -12,14 +12,17 @@ import time
 import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from multiprocessing.connection import Connection
 from pathlib import Path
 
 import pytest
+from sqlalchemy import QueuePool, create_engine
 from sqlalchemy.event import listen
 
 from moai_flow.memory import ClosedError, EventData, StorageError, SwarmDB, TransactionError
-from moai_flow.memory.connections import is_open_here
+from moai_flow.memory.connections import is_open_here, using
+from moai_flow.memory.restoring import restore_backup
 
 SPAWN = multiprocessing.get_context("spawn")
 
@@ -437,6 +440,128 @@ def test_a_child_whose_parent_had_the_file_in_use_is_refused(
         db.register_agent("c", "t")
         assert {agent.agent_id for agent in db.list_agents()} == {"a", "c"}
         assert free.get_agent("b") is not None
+
+
+def test_a_child_that_goes_on_in_the_call_in_which_it_was_forked_is_refused(path: Path) -> None:
+    """As if a signal came in the middle of a call, and its handler forked: the child has the parent's connection."""
+    program = """
+import logging, os, sys
+from moai_flow.memory import StorageError, SwarmDB
+
+children = []
+
+def fork(record):
+    if not children:
+        children.append(os.fork())
+    return False
+
+def refused(call):
+    try:
+        call()
+    except StorageError as error:
+        return "was forked while its parent had the file in use" in str(error)
+    return False
+
+log = logging.getLogger("moai_flow.memory")
+log.addFilter(fork)
+db = SwarmDB(sys.argv[1])
+db.register_agent("a", "t")
+log.setLevel(logging.DEBUG)
+try:
+    found, error = db.get_agent("a"), None
+except StorageError as raised:
+    error = str(raised)
+log.setLevel(logging.WARNING)
+if not children[0]:
+    is_refused = error is not None and "was forked" in error and refused(lambda: db.register_agent("b", "t"))
+    os._exit(0 if is_refused and not db._connections._idle else 1)
+assert found is not None
+assert os.waitpid(children[0], 0)[1] == 0
+db.register_agent("c", "t")
+assert db.check().ok
+"""
+    command = [sys.executable, "-W", "ignore::DeprecationWarning", "-c", program, str(path)]
+    subprocess.run(command, check=True, timeout=50)
+
+
+@pytest.mark.parametrize("in_a_block", [False, True])
+def test_a_callers_pool_is_closed_once_at_a_fork_and_only_if_nobody_uses_it(path: Path, *, in_a_block: bool) -> None:
+    engine = create_engine(f"sqlite:///{path}", poolclass=QueuePool, connect_args={"check_same_thread": False})
+    disposed: list[object] = []
+    listen(engine, "engine_disposed", disposed.append)
+    with SwarmDB(engine=engine) as db:
+        db.register_agent("a", "t")
+        with db.transaction() if in_a_block else nullcontext():
+            assert forked(lambda: None) == 0
+        assert len(disposed) == (0 if in_a_block else 1)
+        with engine.connect() as connection:  # By the caller's own hand.
+            connection.exec_driver_sql("SELECT 1 FROM agent_registry").all()
+
+            def child() -> None:
+                with pytest.raises(StorageError, match="was forked"):
+                    SwarmDB(path)
+
+            assert forked(child) == 0
+    engine.dispose()
+
+
+def test_a_fork_in_the_middle_of_a_restore_leaves_no_child_that_waits_for_ever(path: Path, tmp_path: Path) -> None:
+    with SwarmDB(path) as db:
+        db.register_agent("a", "t")
+        db.backup(tmp_path / "backup.db")
+    target, is_over = tmp_path / "target.db", threading.Event()
+
+    def restore() -> None:
+        while not is_over.is_set():
+            restore_backup(tmp_path / "backup.db", target, overwrite=True, keep=False)
+
+    def child() -> None:
+        with SwarmDB(target, busy_timeout=5) as db:
+            db.register_agent("b", "t")
+
+    with ThreadPoolExecutor(1) as pool:
+        restoring = pool.submit(restore)
+        try:
+            for _ in range(12):
+                assert forked(lambda: None) == 0
+        finally:
+            is_over.set()
+            restoring.result()
+    with using(target):  # What a restore that takes long does, in another thread.
+        in_threads(1, lambda _: fork_refused(target))
+    assert forked(child) == 0
+
+
+def fork_refused(path: Path) -> None:
+    def child() -> None:
+        with pytest.raises(StorageError, match="was forked"):
+            SwarmDB(path)
+
+    assert forked(child) == 0
+
+
+def test_a_fork_beside_threads_that_use_a_store_in_memory_leaves_the_child_its_copy() -> None:
+    is_over = threading.Event()
+    with SwarmDB(":memory:") as db:
+        db.register_agent("a", "t")
+
+        def read(_: int) -> None:
+            while not is_over.is_set():
+                assert db.get_agent("a") is not None
+
+        def child() -> None:
+            assert db.get_agent("a") is not None
+            db.register_agent("b", "t")
+
+        with ThreadPoolExecutor(3) as pool:
+            readers = [pool.submit(read, number) for number in range(3)]
+            try:
+                for _ in range(12):
+                    assert forked(child) == 0
+            finally:
+                is_over.set()
+            for reader in readers:
+                reader.result()
 
 
 def test_a_forked_child_has_no_file_open_until_it_opens_one(path: Path) -> None:

@@ -7,7 +7,8 @@ import threading
 import time
 import weakref
 from asyncio import CancelledError
-from contextlib import closing, suppress
+from collections.abc import Iterator
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -28,7 +29,7 @@ T = TypeVar("T")
 class Held:
     """An open connection: SQLAlchemy's, and the driver's underneath it."""
 
-    __slots__ = ("__weakref__", "backend", "connection", "given_back", "is_pinned", "permit", "raw", "usual")
+    __slots__ = ("__weakref__", "backend", "connection", "given_back", "is_left", "is_pinned", "permit", "raw", "usual")
 
     def __init__(self, connection: Connection, backend: Backend) -> None:
         self.connection = connection
@@ -38,6 +39,7 @@ class Held:
         self.given_back = 0.0
         self.permit: Permit | None = None
         self.is_pinned = False
+        self.is_left = False
 
     @property
     def is_open(self) -> bool:
@@ -209,6 +211,7 @@ class Connections:
         self._idle: list[Held] = []
         self._open: weakref.WeakSet[Held] = weakref.WeakSet()
         self._opening: set[int] = set()  # The threads that are about to have one.
+        self._pool_is_in_use = False  # A caller's, at the fork.
         self._anchor = self._connect() if anchored else None
         _instances.add(self)
 
@@ -244,6 +247,8 @@ class Connections:
 
     def give(self, held: Held) -> None:
         """Take back a connection with no transaction open on it. One that was lost takes the idle ones with it."""
+        if held.is_left:
+            raise StorageError(f"{self.where}: {_IN_USE_AT_FORK}")
         if is_interrupted() or not self._backend.is_idle(held.raw):
             # Interrupted, it may be in the middle of a statement, or not be set as others expect it.
             is_lost = not held.is_open
@@ -270,6 +275,8 @@ class Connections:
 
     def discard(self, held: Held) -> None:
         """Close a connection that was taken for good, whatever state it is in."""
+        if held.is_left:  # It is the parent's, and to close it here would undo what that is writing.
+            return
         try:
             held.discard()
         finally:
@@ -308,12 +315,15 @@ class Connections:
             self._anchor.close()
 
     def is_in_use_elsewhere(self) -> bool:
-        """Whether another thread has a connection to the file in use, which it will give back."""
-        if self._path is None:
+        """Whether another thread has a connection in use, which it will give back; not where this one has one too."""
+        if (
+            self._path is None and self._anchor is None
+        ):  # A server's: connections of the child's own lock by themselves.
             return False
-        own = [block.held for block in self.local.blocks]
+        if self.local.blocks:  # The child is refused in any case, and the others may be waiting for this thread.
+            return False
         return bool(self._opening) or any(
-            held.is_open and not held.is_pinned and held not in own for held in _those_in(self._open)
+            held.is_open and not held.is_pinned and held is not self._anchor for held in _those_in(self._open)
         )
 
     def let_go(self) -> None:
@@ -321,18 +331,28 @@ class Connections:
 
         What it knows about its locks it keeps for each file, not for each connection, and the child inherits that.
         """
-        if self._path is not None:
+        if self._path is not None or self._anchor is not None:
             self._drain()
-            if not self._watched:  # A caller's engine may have a pool.
-                self._engine.dispose()
+
+    def let_go_of_pool(self) -> None:
+        """Close what is idle in a caller's pool before a fork. If some of it is in use, the child is refused."""
+        if self._path is None or self._watched:
+            return
+        in_use = getattr(self._engine.pool, "checkedout", None)
+        self._pool_is_in_use = in_use is not None and in_use() > 0
+        if not self._pool_is_in_use:
+            self._engine.dispose()
 
     def forget_all(self) -> None:
         """Leave every connection to the parent process. The child opens its own, unless the parent had some in use."""
         import ctypes  # Only a forked child needs it, and it would slow every import of the package.
 
-        if self._path is not None and (self._opening or any(held.is_open for held in self._open)):
-            _left_to_parent.add(identity_of(self._path) if self._file is None else self._file.identity)
+        if self._path is not None and (
+            self._opening or self._pool_is_in_use or any(held.is_open for held in self._open)
+        ):
+            _leave_to_parent(identity_of(self._path) if self._file is None else self._file.identity)
         for held in self._open:
+            held.is_left = True
             # Closing an inherited connection, as deallocation would, may undo what the parent is writing:
             # https://sqlite.org/howtocorrupt.html#_carrying_an_open_database_file_across_a_fork_
             # So would SQLAlchemy, when it finds that nobody has the connection any more.
@@ -400,7 +420,7 @@ class Connections:
         return True
 
     def _connect(self) -> Held:
-        if _left_to_parent and self._path is not None and identity_of(self._path) in _left_to_parent - {None}:
+        if _left_to_parent and self._path is not None and identity_of(self._path) in _left_to_parent:
             raise StorageError(f"{self.where}: {_IN_USE_AT_FORK}")
         if self._log_of is not None:
             check_file_of_log(self._log_of)
@@ -504,7 +524,10 @@ def is_open_here(path: Path) -> bool:
 _forks: dict[int, threading.Event] = {}
 
 #: The files that the parent had in use when it forked this process.
-_left_to_parent: set[tuple[int, int] | None] = set()
+_left_to_parent: set[tuple[int, int]] = set()
+
+#: Who works with which file by connections that are not of `Connections`: the thread, the path, and a mark of its own.
+_uses: set[tuple[int, Path, object]] = set()
 
 #: How long a fork waits for the calls of other threads to end, in seconds.
 _CALLS_WAITED_FOR = 1.0
@@ -516,6 +539,24 @@ _IN_USE_AT_FORK = (
 )
 
 
+@contextmanager
+def using(path: Path) -> Iterator[None]:
+    """Have forks count the file as in use inside the block."""
+    if _forks:
+        _wait_for_forks()
+    use = threading.get_ident(), path, object()
+    _uses.add(use)
+    try:
+        yield
+    finally:
+        _uses.discard(use)
+
+
+def _leave_to_parent(identity: tuple[int, int] | None) -> None:
+    if identity is not None:
+        _left_to_parent.add(identity)
+
+
 def _wait_for_forks() -> None:
     for thread, fork in list(_forks.items()):
         if thread != threading.get_ident():
@@ -523,15 +564,19 @@ def _wait_for_forks() -> None:
 
 
 def _before_fork() -> None:
-    _forks[threading.get_ident()] = threading.Event()
+    own = threading.get_ident()
+    _forks.setdefault(own, threading.Event())  # It is there already where a signal's handler forks inside of this.
     instances = _those_in(_instances)
     deadline = time.monotonic() + _CALLS_WAITED_FOR
     while True:
         for connections in instances:
             connections.let_go()
-        if not any(connections.is_in_use_elsewhere() for connections in instances) or time.monotonic() > deadline:
-            return
+        is_in_use = any(connections.is_in_use_elsewhere() for connections in instances)
+        if not (is_in_use or any(thread != own for thread, *_ in tuple(_uses))) or time.monotonic() > deadline:
+            break
         time.sleep(0.0005)
+    for connections in instances:
+        connections.let_go_of_pool()
 
 
 def _after_fork_in_parent() -> None:
@@ -541,6 +586,9 @@ def _after_fork_in_parent() -> None:
 
 def _forget_after_fork() -> None:
     _forks.clear()
+    for _, path, _ in _uses:
+        _leave_to_parent(identity_of(path))
+    _uses.clear()
     for connections in _instances:
         connections.forget_all()
 

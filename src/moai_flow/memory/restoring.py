@@ -18,7 +18,7 @@ from uuid import uuid4
 
 from moai_flow.memory import inputs
 from moai_flow.memory.backends import translated
-from moai_flow.memory.connections import copy_to, is_open_here
+from moai_flow.memory.connections import copy_to, is_open_here, using
 from moai_flow.memory.engine import Location, check_file_of_log, locate, path_of_file
 from moai_flow.memory.errors import BusyError, InvalidInputError, SchemaError, StorageError, SwarmDBError
 from moai_flow.memory.files import belong_together, companions, flush_folder, make_file, make_folder, mode_of
@@ -93,10 +93,11 @@ def restore_backup(
     unfinished = target.with_name(f"{target.name}.{uuid4().hex}.tmp")
     try:
         make_folder(target.parent)
-        version = _copy(source, unfinished, target, busy_timeout)
+        with using(source):
+            version = _copy(source, unfinished, target, busy_timeout)
         if is_open_here(target):
             raise _in_use(target)
-        with closing(sqlite3.connect(unfinished)) as copy:
+        with using(target), closing(sqlite3.connect(unfinished)) as copy:
             kept = _put_in_place(copy, target, keep=keep, patience=busy_timeout)
     except SwarmDBError:
         raise
