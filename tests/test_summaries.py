@@ -476,6 +476,15 @@ def test_a_series_has_its_empty_buckets(db: SwarmDB) -> None:
     assert [bucket.value for bucket in db.metric_series("success_rate", bucket=DAY)] == [0.5]
 
 
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_sum_that_no_float_holds_is_infinite(db: SwarmDB, sign: int) -> None:
+    for _ in range(2):
+        db.store_agent_metric("a", "duration", sign * 1.5e308)
+    (bucket,) = db.metric_series(AgentMetricType.DURATION, bucket=timedelta(days=1), agg="sum")
+
+    assert bucket.value == sign * math.inf
+
+
 def test_of_what_was_removed_meanwhile_there_is_no_series(path: Path) -> None:
     class Late(SwarmDB):
         """Adds up once the metrics are gone."""
