@@ -16,7 +16,7 @@ PREFIX = "moai_flow.memory."
 LAYERS = [
     ["enums", "errors"],
     ["files", "patience", "types", "workers"],
-    ["aggregates", "inputs", "models"],
+    ["aggregates", "forks", "inputs", "models"],
     ["backends", "engine"],
     ["catalogue", "statements"],
     ["connections"],

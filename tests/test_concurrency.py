@@ -21,7 +21,8 @@ from sqlalchemy import QueuePool, create_engine
 from sqlalchemy.event import listen
 
 from moai_flow.memory import ClosedError, EventData, StorageError, SwarmDB, TransactionError
-from moai_flow.memory.connections import is_open_here, using
+from moai_flow.memory.connections import is_open_here
+from moai_flow.memory.forks import using
 from moai_flow.memory.restoring import restore_backup
 
 SPAWN = multiprocessing.get_context("spawn")

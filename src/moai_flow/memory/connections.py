@@ -7,23 +7,21 @@ import threading
 import time
 import weakref
 from asyncio import CancelledError
-from collections.abc import Iterator
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 from uuid import uuid4
 
 from sqlalchemy import Connection, Engine
 from sqlalchemy.exc import SQLAlchemyError
 
+from moai_flow.memory import forks
 from moai_flow.memory.backends import Backend, SQLite, backend_of, translated
 from moai_flow.memory.engine import LOG_LIMIT_MIB, Location, check_file_of_log, log_bytes
 from moai_flow.memory.errors import BusyError, ClosedError, StorageError
 from moai_flow.memory.files import PRIVATE, OpenedFile, companions, identity_of, make_file, put_in_place
 from moai_flow.memory.patience import PatientConnection, interruption
-
-T = TypeVar("T")
 
 
 class Held:
@@ -214,6 +212,7 @@ class Connections:
         self._pool_is_in_use = False  # A caller's, at the fork.
         self._anchor = self._connect() if anchored else None
         _instances.add(self)
+        forks.concern(self)
 
     def check_open(self) -> None:
         """Raise `ClosedError` after `close`."""
@@ -237,8 +236,8 @@ class Connections:
             self.check_open()
         if self._permits is not None:
             return self._take_permitted(self._permits)
-        if _forks:
-            _wait_for_forks()
+        if forks.under_way:
+            forks.wait()
         self.check_file()
         try:
             return self._idle.pop()
@@ -248,7 +247,7 @@ class Connections:
     def give(self, held: Held) -> None:
         """Take back a connection with no transaction open on it. One that was lost takes the idle ones with it."""
         if held.is_left:
-            raise StorageError(f"{self.where}: {_IN_USE_AT_FORK}")
+            raise forks.refusal(self.where)
         if is_interrupted() or not self._backend.is_idle(held.raw):
             # Interrupted, it may be in the middle of a statement, or not be set as others expect it.
             is_lost = not held.is_open
@@ -303,7 +302,7 @@ class Connections:
         return (
             self._path is not None
             and self._path.resolve() == path
-            and any(held.is_open for held in _those_in(self._open))
+            and any(held.is_open for held in forks.those_in(self._open))
         )
 
     def close(self) -> None:
@@ -323,18 +322,15 @@ class Connections:
         if self.local.blocks:  # The child is refused in any case, and the others may be waiting for this thread.
             return False
         return bool(self._opening) or any(
-            held.is_open and not held.is_pinned and held is not self._anchor for held in _those_in(self._open)
+            held.is_open and not held.is_pinned and held is not self._anchor for held in forks.those_in(self._open)
         )
 
     def let_go(self) -> None:
-        """Close what is idle before a fork: SQLite in the child would rely on locks that are the parent's alone.
-
-        What it knows about its locks it keeps for each file, not for each connection, and the child inherits that.
-        """
+        """Close what is idle, before a fork."""
         if self._path is not None or self._anchor is not None:
             self._drain()
 
-    def let_go_of_pool(self) -> None:
+    def settle(self) -> None:
         """Close what is idle in a caller's pool before a fork. If some of it is in use, the child is refused."""
         if self._path is None or self._watched:
             return
@@ -350,7 +346,7 @@ class Connections:
         if self._path is not None and (
             self._opening or self._pool_is_in_use or any(held.is_open for held in self._open)
         ):
-            _leave_to_parent(identity_of(self._path) if self._file is None else self._file.identity)
+            forks.leave_to_parent(identity_of(self._path) if self._file is None else self._file.identity)
         for held in self._open:
             held.is_left = True
             # Closing an inherited connection, as deallocation would, may undo what the parent is writing:
@@ -420,8 +416,8 @@ class Connections:
         return True
 
     def _connect(self) -> Held:
-        if _left_to_parent and self._path is not None and identity_of(self._path) in _left_to_parent:
-            raise StorageError(f"{self.where}: {_IN_USE_AT_FORK}")
+        if self._path is not None:
+            forks.check(self._path, self.where)
         if self._log_of is not None:
             check_file_of_log(self._log_of)
         try:
@@ -505,95 +501,6 @@ _NO_INTERRUPT = (type(None), Exception, GeneratorExit, CancelledError)
 _instances: weakref.WeakSet[Connections] = weakref.WeakSet()
 
 
-def _those_in(weak: "weakref.WeakSet[T]") -> "list[T]":
-    while True:
-        try:
-            return list(weak)
-        except RuntimeError:
-            pass  # Another thread has added one meanwhile.
-
-
 def is_open_here(path: Path) -> bool:
     """Whether this process has a connection to a database's file, of whatever `SwarmDB`. *path* leads to it itself."""
-    return any(connections.has_open(path) for connections in _those_in(_instances))
-
-
-# Forks
-
-#: By thread, that a fork is about to happen, or has.
-_forks: dict[int, threading.Event] = {}
-
-#: The files that the parent had in use when it forked this process.
-_left_to_parent: set[tuple[int, int]] = set()
-
-#: Who works with which file by connections that are not of `Connections`: the thread, the path, and a mark of its own.
-_uses: set[tuple[int, Path, object]] = set()
-
-#: How long a fork waits for the calls of other threads to end, in seconds.
-_CALLS_WAITED_FOR = 1.0
-
-_IN_USE_AT_FORK = (
-    "this process was forked while its parent had the file in use: in a call of another thread, in a block, or by a "
-    "connection of _get_connection(). SQLite's locks can't be trusted here then, and writes would be lost. Fork before "
-    "the file is in use, or start processes by 'spawn' or 'forkserver'"
-)
-
-
-@contextmanager
-def using(path: Path) -> Iterator[None]:
-    """Have forks count the file as in use inside the block."""
-    if _forks:
-        _wait_for_forks()
-    use = threading.get_ident(), path, object()
-    _uses.add(use)
-    try:
-        yield
-    finally:
-        _uses.discard(use)
-
-
-def _leave_to_parent(identity: tuple[int, int] | None) -> None:
-    if identity is not None:
-        _left_to_parent.add(identity)
-
-
-def _wait_for_forks() -> None:
-    for thread, fork in list(_forks.items()):
-        if thread != threading.get_ident():
-            fork.wait(2 * _CALLS_WAITED_FOR)
-
-
-def _before_fork() -> None:
-    own = threading.get_ident()
-    _forks.setdefault(own, threading.Event())  # It is there already where a signal's handler forks inside of this.
-    instances = _those_in(_instances)
-    deadline = time.monotonic() + _CALLS_WAITED_FOR
-    while True:
-        for connections in instances:
-            connections.let_go()
-        is_in_use = any(connections.is_in_use_elsewhere() for connections in instances)
-        if not (is_in_use or any(thread != own for thread, *_ in tuple(_uses))) or time.monotonic() > deadline:
-            break
-        time.sleep(0.0005)
-    for connections in instances:
-        connections.let_go_of_pool()
-
-
-def _after_fork_in_parent() -> None:
-    if (fork := _forks.pop(threading.get_ident(), None)) is not None:
-        fork.set()
-
-
-def _forget_after_fork() -> None:
-    _forks.clear()
-    for _, path, _ in _uses:
-        _leave_to_parent(identity_of(path))
-    _uses.clear()
-    for connections in _instances:
-        connections.forget_all()
-
-
-# Where there is no fork, there is nothing to register with.
-getattr(os, "register_at_fork", dict)(
-    before=_before_fork, after_in_parent=_after_fork_in_parent, after_in_child=_forget_after_fork
-)
+    return any(connections.has_open(path) for connections in forks.those_in(_instances))

@@ -18,10 +18,11 @@ from uuid import uuid4
 
 from moai_flow.memory import inputs
 from moai_flow.memory.backends import translated
-from moai_flow.memory.connections import copy_to, is_open_here, using
+from moai_flow.memory.connections import copy_to, is_open_here
 from moai_flow.memory.engine import Location, check_file_of_log, locate, path_of_file
 from moai_flow.memory.errors import BusyError, InvalidInputError, SchemaError, StorageError, SwarmDBError
 from moai_flow.memory.files import belong_together, companions, flush_folder, make_file, make_folder, mode_of
+from moai_flow.memory.forks import using
 from moai_flow.memory.migrations import check_openable
 
 _LOG, _INDEX, _JOURNAL = "-wal", "-shm", "-journal"
