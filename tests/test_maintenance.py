@@ -619,15 +619,45 @@ def test_a_reference_may_be_written_in_other_letters_and_to_several_columns(path
         assert db.check(quarantine=True).kept == (KeptRows("agent_events", "a row of notes refers to it", 1),)
 
 
-TRIGGERS = {
-    "ignore": "a trigger keeps it from being copied or deleted",
-    "abort, 'never'": "never",
-    "fail, 'never'": "never",
-    "rollback, 'never'": "never",
+ACTIONS = {
+    "healthy rows": "DELETE FROM agent_events WHERE agent_id = 'last'",
+    "another table": "DELETE FROM agent_registry WHERE agent_id = old.agent_id",
+    "another program's table": "DELETE FROM notes WHERE agent = old.agent_id",
+    "another program's column": "UPDATE notes SET agent = NULL WHERE agent = old.agent_id",
 }
 
 
-@pytest.mark.parametrize("action", TRIGGERS)
+@pytest.mark.parametrize("time", ["BEFORE", "AFTER"])
+@pytest.mark.parametrize("action", ACTIONS.values(), ids=ACTIONS)
+def test_a_row_whose_going_would_set_off_a_trigger_stays(
+    shared: tuple[SwarmDB, Path | str], action: str, time: str
+) -> None:
+    db, where = shared
+    run(db, "UPDATE agent_registry SET metadata = NULL")
+    execute(where, "CREATE TABLE notes (agent TEXT)", "INSERT INTO notes VALUES ('bad')")
+    if isinstance(where, str):
+        execute(
+            where,
+            f"CREATE FUNCTION act() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN {action}; RETURN old; END $$",
+            f"CREATE TRIGGER act {time} DELETE ON agent_events FOR EACH ROW EXECUTE FUNCTION act()",
+        )
+    else:
+        execute(where, f'CREATE TRIGGER act {time}/* of ours */delete ON "Agent_Events" BEGIN {action}; END')
+    tables = ("agent_events", "agent_registry", "notes")
+    before = [execute(where, f"SELECT * FROM {table}") for table in tables]
+    report = db.check(quarantine=True)
+
+    assert (report.quarantined, report.kept) == (0, (KeptRows("agent_events", RUNS.format("agent_events"), 1),))
+    assert [execute(where, f"SELECT * FROM {table}") for table in tables] == before
+    execute(where, "DROP TRIGGER act" + (" ON agent_events" if isinstance(where, str) else ""))
+    assert db.check(quarantine=True).quarantined == 1
+    assert db.check().ok
+
+
+RUNS = "{} has a trigger or rule that would run: act"
+
+
+@pytest.mark.parametrize("action", ["ignore", "abort, 'never'", "fail, 'never'", "rollback, 'never'"])
 def test_rows_that_a_trigger_keeps_are_not_counted_as_moved(path: Path, action: str) -> None:
     with SwarmDB(path) as db:
         for name in ("kept", "bad"):
@@ -635,44 +665,125 @@ def test_rows_that_a_trigger_keeps_are_not_counted_as_moved(path: Path, action: 
         execute(
             path,
             "UPDATE agent_events SET metadata = '{'",
-            "CREATE TRIGGER keep BEFORE DELETE ON agent_events WHEN old.agent_id = 'kept' "
+            "CREATE TRIGGER act BEFORE DELETE ON agent_events WHEN old.agent_id = 'kept' "
             f"BEGIN SELECT raise({action}); END",
         )
-        moved = 0 if action.startswith("rollback") else 1  # It undoes what was moved before.
-        for quarantined in (moved, 0):
-            report = db.check(quarantine=True)
-            left = 2 - moved
-            assert (report.quarantined, report.kept) == (
-                quarantined,
-                (KeptRows("agent_events", TRIGGERS[action], left),),
-            )
-            assert len(report.undecodable) == left + quarantined
-        execute(path, "DROP TRIGGER keep")
-        assert db.check(quarantine=True).quarantined == left
+        report = db.check(quarantine=True)
+        assert (report.quarantined, report.kept) == (0, (KeptRows("agent_events", RUNS.format("agent_events"), 2),))
+        assert len(report.undecodable) == 2
+        execute(path, "DROP TRIGGER act")
+        assert db.check(quarantine=True).quarantined == 2
         assert sorted(execute(path, "SELECT agent_id FROM agent_events_quarantine")) == [("bad",), ("kept",)]
         assert db.check().ok
 
 
+def test_a_trigger_that_only_this_connection_has_keeps_rows_too(local_db: SwarmDB) -> None:
+    event(local_db, "bad", GOOD)
+    run(local_db, "UPDATE agent_events SET metadata = '{'")
+    with local_db.transaction() as conn:
+        conn.execute("CREATE TEMP TRIGGER act AFTER DELETE ON main.agent_events BEGIN DELETE FROM agent_registry; END")
+        assert local_db.check(quarantine=True).kept == (KeptRows("agent_events", RUNS.format("agent_events"), 1),)
+        conn.execute("DROP TRIGGER act")
+    assert local_db.check(quarantine=True).quarantined == 1
+
+
+def test_triggers_of_other_events_keep_nothing(shared: tuple[SwarmDB, Path | str]) -> None:
+    db, where = shared
+    act = "BEGIN SELECT raise(abort, 'never'); END"
+    if isinstance(where, str):
+        execute(where, FUNCTION.format("RAISE EXCEPTION 'never'"))
+        act = "FOR EACH ROW EXECUTE FUNCTION act()"
+    for event_ in ("INSERT", "UPDATE"):
+        execute(where, f"CREATE TRIGGER act_{event_} BEFORE {event_} ON agent_events {act}")
+    report = db.check(quarantine=True)
+
+    assert (report.quarantined, report.kept) == (2, ())
+    assert execute(where, "SELECT agent_id FROM agent_events_quarantine") == [("bad",)]
+
+
+FUNCTION = "CREATE FUNCTION act() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN {}; RETURN NULL; END $$"
+
+
+def test_a_row_whose_coming_would_set_off_a_trigger_stays(shared: tuple[SwarmDB, Path | str]) -> None:
+    db, where = shared
+    assert db.check(quarantine=True).quarantined == 2
+    action = "DELETE FROM agent_events_quarantine"
+    act = f"BEGIN {action}; END"
+    if isinstance(where, str):
+        execute(where, FUNCTION.format(action))
+        act = "FOR EACH ROW EXECUTE FUNCTION act()"
+    execute(
+        where,
+        "UPDATE agent_events SET metadata = '[1]' WHERE agent_id = 'last'",
+        f"CREATE TRIGGER act AFTER INSERT ON agent_events_quarantine {act}",
+    )
+    (kept,) = db.check(quarantine=True).kept
+    assert kept == KeptRows("agent_events", RUNS.format("agent_events_quarantine"), 1)
+    assert execute(where, "SELECT agent_id FROM agent_events_quarantine") == [("bad",)]
+    assert execute(where, "SELECT agent_id FROM agent_events ORDER BY id") == [("first",), ("last",)]
+
+
 def test_a_trigger_or_a_rule_of_a_server_keeps_rows(postgres_url: str) -> None:
     with SwarmDB(url=postgres_url) as db:
-        for name in ("kept", "bad"):
-            event(db, name, GOOD)
-            db.register_agent(name, "t")
+        event(db, "bad", GOOD)
+        db.register_agent("bad", "t")
+        db.store_memory("s", "semantic", "bad", 1)
         execute(
             postgres_url,
             "UPDATE agent_events SET metadata = '[1]'",
             "UPDATE agent_registry SET metadata = '[1]'",
-            "CREATE FUNCTION keep() RETURNS trigger LANGUAGE plpgsql AS "
-            "$$ BEGIN IF old.agent_id = 'kept' THEN RETURN NULL; END IF; RETURN old; END $$",
-            "CREATE TRIGGER keep BEFORE DELETE ON agent_events FOR EACH ROW EXECUTE FUNCTION keep()",
-            "CREATE RULE keep AS ON DELETE TO agent_registry DO INSTEAD NOTHING",
+            "UPDATE session_memory SET ttl_hours = 1, timestamp = 'infinity'",
+            FUNCTION.format("NULL"),
+            "CREATE TRIGGER act BEFORE DELETE ON agent_events FOR EACH ROW EXECUTE FUNCTION act()",
+            "CREATE RULE act AS ON DELETE TO agent_registry DO INSTEAD NOTHING",
+            "CREATE TABLE heir () INHERITS (session_memory)",
+            "CREATE TRIGGER act AFTER INSERT OR DELETE ON heir FOR EACH ROW EXECUTE FUNCTION act()",
         )
+        tables = ("agent_events", "agent_registry", "session_memory")
         report = db.check(quarantine=True)
-        reason = TRIGGERS["ignore"]
-        assert report.quarantined == 1
-        assert report.kept == (KeptRows("agent_events", reason, 1), KeptRows("agent_registry", reason, 2))
-        assert execute(postgres_url, "SELECT agent_id FROM agent_events_quarantine") == [("bad",)]
+        assert report.quarantined == 0
+        assert report.kept == tuple(KeptRows(table, RUNS.format(table), 1) for table in tables)
         assert execute(postgres_url, "SELECT to_regclass('agent_registry_quarantine')") == [(None,)]
+
+        execute(
+            postgres_url,
+            "ALTER TABLE agent_events DISABLE TRIGGER act",
+            "ALTER TABLE agent_registry DISABLE RULE act",
+            "ALTER TABLE heir DISABLE TRIGGER act",
+        )
+        assert db.check(quarantine=True).quarantined == 3
+        assert db.check().ok
+
+
+# What a quarantine may have been given, what is then said, and how many rows are moved.
+KEYS = {
+    "UNIQUE (agent_id) ON CONFLICT IGNORE": (
+        "a policy or a key of another program keeps it from being copied or deleted",
+        2,
+    ),
+    "UNIQUE (agent_id) ON CONFLICT ABORT": ("UNIQUE constraint failed: agent_events_quarantine.agent_id", 2),
+    # These undo what was moved before.
+    "UNIQUE (agent_id) ON CONFLICT ROLLBACK": ("UNIQUE constraint failed: agent_events_quarantine.agent_id", 0),
+    "FOREIGN KEY (id) REFERENCES schema_info DEFERRABLE INITIALLY DEFERRED": ("FOREIGN KEY constraint failed", 0),
+}
+
+
+@pytest.mark.parametrize("key", KEYS, ids=lambda key: key.split()[-1])
+def test_rows_that_a_key_of_the_quarantine_refuses_are_not_counted_as_moved(path: Path, key: str) -> None:
+    with SwarmDB(path) as db:
+        for name in ("bad", "bad", "other"):
+            event(db, name, GOOD)
+        names = [row[1] for row in execute(path, "PRAGMA table_info(agent_events)")]
+        execute(
+            path,
+            "UPDATE agent_events SET metadata = '{'",
+            f"CREATE TABLE agent_events_quarantine ({' BLOB, '.join(names)} BLOB, {key})",
+        )
+        reason, moved = KEYS[key]
+        report = db.check(quarantine=True)
+        assert (report.quarantined, report.kept) == (moved, (KeptRows("agent_events", reason, 3 - moved),))
+        assert execute(path, "SELECT count(*) FROM agent_events") == [(3 - moved,)]
+        assert execute(path, "SELECT count(*) FROM agent_events_quarantine") == [(moved,)]
 
 
 @pytest.mark.parametrize(

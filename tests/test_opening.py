@@ -295,6 +295,7 @@ def test_a_clock_from_which_no_age_can_be_counted_is_named(
     [
         ("task_metrics (task_id TEXT, cost REAL)", "task_metrics has no column agent_id, duration_ms"),
         ("schema_info (key TEXT, value TEXT)", "schema_info has no column updated_at, so it is not SwarmDB's"),
+        ("Schema_Info (key TEXT, value TEXT)", "schema_info has no column updated_at, so it is not SwarmDB's"),
     ],
 )
 def test_tables_of_these_names_that_are_anothers_are_refused_unwritten(path: Path, table: str, missing: str) -> None:
@@ -306,6 +307,21 @@ def test_tables_of_these_names_that_are_anothers_are_refused_unwritten(path: Pat
 
     assert path.read_bytes() == before
     assert not list(path.parent.glob("*.bak"))
+
+
+@pytest.mark.parametrize("name", ["agent_registry", "Agent_Registry", "schema_info"])
+def test_a_view_of_such_a_name_is_refused_unwritten(path: Path, name: str) -> None:
+    SwarmDB(path).close()
+    with closing(sqlite3.connect(path)) as connection, connection:
+        connection.execute("UPDATE schema_info SET value = '1.0.0' WHERE key = 'version'")
+        connection.execute(f"ALTER TABLE {name} RENAME TO moved")
+        connection.execute(f"CREATE VIEW {name} AS SELECT * FROM moved")
+    before = path.read_bytes()
+    with pytest.raises(SchemaError, match=f"its {name.lower()} is a view, so it is not SwarmDB's"):
+        SwarmDB(path)
+
+    assert path.read_bytes() == before
+    assert list(path.parent.iterdir()) == [path]
 
 
 def test_other_tables_in_the_file_are_left_alone(path: Path) -> None:

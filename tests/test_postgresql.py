@@ -157,6 +157,16 @@ def test_tables_of_another_kind_are_refused_and_nothing_is_made(postgres_url: st
     assert tables == [("agent_registry",)]
 
 
+@pytest.mark.parametrize("kind", ["VIEW", "MATERIALIZED VIEW"])
+def test_a_view_of_such_a_name_is_refused_and_nothing_is_made(postgres_url: str, store: SwarmDB, kind: str) -> None:
+    run(postgres_url, "DROP TABLE schema_info")
+    run(postgres_url, "ALTER TABLE task_metrics RENAME TO moved")
+    run(postgres_url, f"CREATE {kind} task_metrics AS SELECT * FROM moved")
+    with pytest.raises(SchemaError, match="its task_metrics is a view, so it is not SwarmDB's"):
+        SwarmDB(url=postgres_url)
+    assert run(postgres_url, "SELECT to_regclass('schema_info')") == [(None,)]
+
+
 #: What a role or a database may be set to, and the values that came back otherwise, or not at all, by it.
 SETTINGS = {
     "client_encoding": "LATIN1",

@@ -4,6 +4,7 @@ import sqlite3
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from sqlalchemy import Connection, Table, TableClause, TextClause, column, select, table, text
 from sqlalchemy.exc import OperationalError
@@ -36,6 +37,23 @@ _REFERENCES_ON_SERVER = text("""
     JOIN pg_attribute AS theirs ON theirs.attrelid = key.conrelid AND theirs.attnum = pair.their_number
     JOIN pg_attribute AS ours ON ours.attrelid = key.confrelid AND ours.attnum = pair.our_number
     WHERE key.contype = 'f' AND key.confrelid = to_regclass(:name)
+""")
+# A trigger's event is only in its text, which has that word. One that has it elsewhere is taken for such a one too.
+_TRIGGER_IN_FILE = text("""
+    SELECT name FROM (SELECT * FROM sqlite_master UNION ALL SELECT * FROM sqlite_temp_master)
+    WHERE type = 'trigger' AND tbl_name = :name COLLATE NOCASE AND instr(lower(sql), :event) LIMIT 1
+""")
+# Rows of partitions, and of tables that inherit from this one, go with those tables' triggers.
+_TRIGGER_ON_SERVER = text("""
+    WITH RECURSIVE family (member) AS (
+        SELECT to_regclass(:name)::oid UNION SELECT inhrelid FROM pg_inherits JOIN family ON inhparent = member
+    )
+    SELECT tgname::text FROM pg_trigger JOIN family ON tgrelid = member
+    WHERE NOT tgisinternal AND tgenabled <> 'D' AND tgtype & CASE :event WHEN 'insert' THEN 4 ELSE 8 END <> 0
+    UNION ALL
+    SELECT rulename::text FROM pg_rewrite JOIN family ON ev_class = member
+    WHERE ev_enabled <> 'D' AND ev_type::text = CASE :event WHEN 'insert' THEN '3' ELSE '4' END
+    LIMIT 1
 """)
 
 
@@ -97,6 +115,13 @@ def has_used_up_its_numbers(connection: Connection, name: str) -> bool:
 
 #: What kinds of tables are called: in a file; on a server, and there with partitions.
 _TABLES = ("table", "r", "p")
+
+
+def trigger_of(connection: Connection, name: str, event: Literal["insert", "delete"]) -> str | None:
+    """Return the name of a trigger, or of a server's rule, that may run at an *event* of a table; None if none does."""
+    query = _TRIGGER_ON_SERVER if is_postgresql(connection.dialect) else _TRIGGER_IN_FILE
+    found: str | None = connection.scalar(query, {"name": name, "event": event})
+    return found
 
 
 def references_to(connection: Connection, name: str, columns: Iterable[str]) -> Sequence[Reference]:

@@ -228,7 +228,10 @@ def _version_on_server(raw: Any) -> str | None:
 def _migrate_server(connection: Connection, location: Location, now: datetime) -> None:
     tables, found = server_tables(), inspect(connection)
     adopted = [table for table in tables.sorted_tables if found.has_table(table.name)]
+    views = {*found.get_view_names(), *found.get_materialized_view_names()}
     for table in adopted:
+        if table.name in views:
+            raise _is_view(table, location)
         _check_server_columns(table, found.get_columns(table.name), location)
     tables.create_all(connection, checkfirst=True)
     for table in adopted:
@@ -321,11 +324,19 @@ def _adoptable(raw: sqlite3.Connection, location: Location) -> list[type[Record]
     Raises:
         SchemaError: If one of those is not what its name says.
     """
-    present = {name for (name,) in raw.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+    present = dict(raw.execute("SELECT lower(name), type FROM sqlite_master WHERE type IN ('table', 'view')"))
     adopted = [model for model in TABLES if str(model.__tablename__) in present]
     for model in adopted:
+        if present[str(model.__tablename__)] == "view":
+            raise _is_view(table_of(model), location)
         _check_columns(raw, model, location)
     return adopted
+
+
+def _is_view(table: Table, location: Location) -> SchemaError:
+    return SchemaError(
+        f"{location}: its {table.name} is a view, so it is not SwarmDB's; keep SwarmDB in a database of its own"
+    )
 
 
 def _check_columns(raw: sqlite3.Connection, model: type[Record], location: Location) -> None:

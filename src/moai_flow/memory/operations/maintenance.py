@@ -205,8 +205,8 @@ _ADVICE_MOVED = (
 _ADVICE_KEPT = (
     "{rows} could not be moved without a loss, and stay where they were: calls that meet one raise CorruptDataError. "
     "Where rows of another table refer to them, mend them with SQL, or delete what refers to them first; where a "
-    "trigger keeps them, drop it for as long as it takes; where a quarantine table is not SwarmDB's, rename it. Then "
-    "check again."
+    "trigger is in the way, drop it for as long as it takes; where a quarantine table is not SwarmDB's, rename it. "
+    "Then check again."
 )
 _ADVICE_UNDECODABLE = (
     "{rows} can't be read, and calls that meet one raise CorruptDataError; nothing else is affected. Mend each with "
@@ -397,7 +397,7 @@ class MaintenanceOperations(Scope):
                     found = _inspected(block.held)
                     moved, kept = _move_aside(block.held, self._connections.where, found)
             except (ConflictError, StorageError) as error:
-                # Some triggers end the transaction, and some foreign keys are only looked at as it commits.
+                # A full disk ends the transaction, and a key of the quarantine may only be looked at as it commits.
                 reason = str(error).removeprefix(f"{self._connections.where}: ")
                 moved, kept = 0, found.kept_for(reason)
         return CheckReport(
