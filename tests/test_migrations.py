@@ -565,6 +565,11 @@ def test_an_earlier_copy_stays_and_what_takes_its_place_but_is_none_stops_the_mi
         SwarmDB(old)
     assert everything(old) == before
     copy.unlink()
+    log = copy.with_name(f"{copy.name}-wal")
+    log.write_bytes(b"of an earlier copy")  # SQLite would play it into this one.
+    with pytest.raises(StorageError, match=r"2\.0\.0\.bak: the file was emptied or removed, but its log is there"):
+        SwarmDB(old)
+    assert (everything(old), log.read_bytes()) == (before, b"of an earlier copy")
     copy.write_bytes(b"earlier")
     SwarmDB(old).close()
 

@@ -17,7 +17,7 @@ from sqlalchemy import Connection, Engine
 from sqlalchemy.exc import SQLAlchemyError
 
 from moai_flow.memory.backends import Backend, SQLite, backend_of, translated
-from moai_flow.memory.engine import LOG_LIMIT_MIB, Location, check_file_of_log, log_bytes
+from moai_flow.memory.engine import LOG_LIMIT_MIB, Location, check_file_of_log, locate, log_bytes
 from moai_flow.memory.errors import BusyError, ClosedError, StorageError
 from moai_flow.memory.files import PRIVATE, OpenedFile, companions, identity_of, make_file, put_in_place
 from moai_flow.memory.patience import PatientConnection, interruption
@@ -445,7 +445,9 @@ def copy_to(raw: sqlite3.Connection, target: Path, mode: int, *, overwrite: bool
         sqlite3.Error: If the database can't be read, or the copy can't be written.
         OSError: If the copy can't take its place.
         BusyError: If a writer keeps what is in memory for longer than the busy timeout.
+        StorageError: If *target* was emptied or removed while its log is there.
     """
+    check_file_of_log(locate(target, None))
     unfinished = target.with_name(f"{target.name}.{uuid4().hex}.tmp")
     (milliseconds,) = raw.execute("PRAGMA busy_timeout").fetchone()
     patience = raw.patience if isinstance(raw, PatientConnection) else milliseconds / 1000
@@ -465,7 +467,8 @@ def copy_to(raw: sqlite3.Connection, target: Path, mode: int, *, overwrite: bool
         if mode | PRIVATE != mode:
             unfinished.chmod(mode)  # Only now: SQLite opens the file anew for each copy.
         if overwrite or not target.exists():
-            for leftover in companions(target):  # Another database's: SQLite would play them into this one.
+            log, index, journal = companions(target)  # Another database's: SQLite would play them into this one.
+            for leftover in (log, index, journal) if overwrite else (journal,):  # A log of no file is empty here.
                 leftover.unlink(missing_ok=True)
         put_in_place(unfinished, target, overwrite=overwrite)
     finally:
