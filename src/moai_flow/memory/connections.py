@@ -181,10 +181,11 @@ class Connections:
             where: What errors call the database.
             kept: How many idle connections stay open, though more may be in use at once.
             file: The database's file, if it has one.
-            watched: Whether no call uses the connections any more once another file is there.
+            watched: Whether no call uses the connections any more once another file is there, and the log is kept from
+                growing. Of a caller's engine, that is the caller's affair.
             anchored: Whether one more stays open throughout, since the database is in memory and would vanish.
             limit: How many may be open at once, for a database on a server; None for any number.
-            log_of: The file whose log is kept from growing; None if it has none, or its owner sees to it.
+            log_of: The file that is not opened without its content, but with its log; None if there is no file.
 
         Raises:
             StorageError: If the database can't be opened.
@@ -254,7 +255,7 @@ class Connections:
         self._uses += 1  # Threads may lose one of theirs, which does no harm.
         if self._uses >= _LOOK_AFTER:
             self._uses = 0
-            if self._log_of is not None:
+            if self._log_of is not None and self._watched:
                 self._cut_log(held, self._log_of)
         permit, held.permit = held.permit, None  # Once it is idle, it is another's.
         if permit is not None:

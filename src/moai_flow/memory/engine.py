@@ -168,7 +168,7 @@ def check_file_of_log(location: Location) -> None:
     Raises:
         StorageError: If it was.
     """
-    if location.path is None:
+    if location.path is None or size_of(location.path):  # The usual case, at one look.
         return
     path = Path(os.path.realpath(location.path))
     # In this order: SQLite gives a new file its first page before it makes a log, and never takes that page away again.
