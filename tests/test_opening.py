@@ -114,6 +114,52 @@ def test_a_uri_leads_to_one_file_wherever_the_program_goes(tmp_path: Path, monke
     assert sorted(path.name for path in tmp_path.iterdir()) == ["elsewhere", "x#?y%.db"]
 
 
+def test_two_slashes_at_the_beginning_of_a_path_are_one(tmp_path: Path) -> None:
+    for url in (f"sqlite:///file:///{tmp_path}/x.db", f"sqlite:////{tmp_path}/x.db", f"sqlite:///file:{tmp_path}/x.db"):
+        with SwarmDB(url=url) as db:
+            db.register_agent("a", "t")
+            assert db.db_path.samefile(tmp_path / "x.db")
+        with SwarmDB(url=db._location.url) as again:  # As the command does.
+            assert again.get_agent("a") is not None
+
+
+def test_in_a_uri_and_for_an_engine_of_the_callers_home_is_a_name_like_any_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (tmp_path / "~").mkdir()
+    for number, place in enumerate(
+        (
+            {"url": "sqlite:///file:~/n.db"},
+            {"engine": create_engine("sqlite:///file:~/n.db?uri=true", poolclass=NullPool)},
+            {"engine": create_engine("sqlite:///~/n.db", poolclass=NullPool)},
+        )
+    ):
+        with SwarmDB(**place) as db:  # type: ignore[arg-type]
+            assert db.db_path == tmp_path / "~" / "n.db"
+            assert len(db.list_agents()) == number
+            db.register_agent(str(number), "t")
+    with SwarmDB(engine=create_engine("sqlite:///file:n.db", poolclass=NullPool)) as db:  # Without uri=true.
+        assert db.db_path == tmp_path / "file:n.db"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file:n.db", "~"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="a current directory can't be removed there")
+def test_where_the_current_directory_is_gone_a_relative_path_leads_nowhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    engine = create_engine("sqlite:///x.db", poolclass=NullPool)
+    (tmp_path / "gone").rmdir()
+    for place in ({"db_path": "x.db"}, {"url": "sqlite:///file:x.db"}, {"engine": engine}):
+        with pytest.raises(StorageError, match=r"x\.db: the current directory can't be found"):
+            SwarmDB(**place)
+    with SwarmDB(tmp_path / "x.db") as db:
+        assert db.list_agents() == []
+
+
 def test_a_file_that_never_changes_is_read_and_not_made(path: Path) -> None:
     url = f"sqlite:///file:{path}?immutable=1"
     with pytest.raises(StorageError):
