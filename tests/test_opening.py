@@ -298,16 +298,25 @@ def test_a_newer_or_unknown_version_is_refused_unwritten(path: Path, version: st
     assert list(path.parent.iterdir()) == [path]
 
 
-@pytest.mark.parametrize("version", ["CAST(x'ff' AS TEXT)", "x'ff'", "2.1", "''"])
-def test_a_version_that_is_no_text_is_refused_unwritten(path: Path, version: str) -> None:
+@pytest.mark.parametrize(
+    "version",
+    [
+        *("CAST(x'ff' AS TEXT)", "x'ff'", "2.1", "''", "'1.0.'", "'1.0.0' || char(10)", "'1.0.0.0'"),
+        *("'0.0.1111111111'", "'1.0.' || printf('%.300c', '1')", "'0.0.' || printf('%.5000c', '1')"),
+        "'\N{ARABIC-INDIC DIGIT ONE}.0.0'",
+    ],
+)
+def test_a_version_that_is_no_three_short_numbers_is_refused_unwritten(path: Path, version: str) -> None:
     SwarmDB(path).close()
     with closing(sqlite3.connect(path)) as connection, connection:
         connection.execute(f"UPDATE schema_info SET value = {version} WHERE key = 'version'")
     before = path.read_bytes()
-    with pytest.raises(SchemaError, match=r"its schema version is .*none of SwarmDB's"):
+    with pytest.raises(SchemaError, match=r"its schema version is .*none of SwarmDB's") as caught:
         SwarmDB(path)
 
+    assert len(str(caught.value)) < len(str(path)) + 200
     assert path.read_bytes() == before
+    assert list(path.parent.iterdir()) == [path]
 
 
 @pytest.mark.parametrize("present", [datetime.min, datetime.max, datetime(2025, 11, 30, 10)])  # noqa: DTZ001, DTZ901
