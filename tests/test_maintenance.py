@@ -1,6 +1,8 @@
 """Cleaning up, compacting, copying and checking."""
 
+import os
 import re
+import shutil
 import sqlite3
 import subprocess
 import sys
@@ -199,18 +201,71 @@ def test_a_backup_into_what_belongs_to_the_database_is_refused(ending: str, file
         assert oddly_named.check().ok
 
 
+DEAD = """
+import os, sys
+from moai_flow.memory import SwarmDB
+db = SwarmDB(sys.argv[1])
+for number in range(50):
+    db.register_agent(str(number), "t")
+os._exit(0)
+"""
+
+
+def hot_journal(path: Path) -> Path:
+    """Return the journal of a database whose program died in a transaction that had reached the file."""
+    program = """
+import os, sqlite3, sys
+db = sqlite3.connect(sys.argv[1], isolation_level=None)
+db.execute("CREATE TABLE t (i)")
+db.execute("BEGIN")
+db.executemany("INSERT INTO t VALUES (?)", [(number,) for number in range(9999)])
+db.execute("COMMIT")
+db.execute("PRAGMA cache_size = 1")  # What is changed goes into the file at once.
+db.execute("BEGIN")
+db.execute("UPDATE t SET i = -i")
+os._exit(0)
+"""
+    subprocess.run([sys.executable, "-c", program, path], check=True)
+    return path.with_name(f"{path.name}-journal")
+
+
 def test_a_backup_takes_the_place_of_a_database_that_died(file_db: SwarmDB, tmp_path: Path) -> None:
-    program = (
-        "import os, sys; from moai_flow.memory import SwarmDB; db = SwarmDB(sys.argv[1]); "
-        "[db.register_agent(str(number), 't') for number in range(50)]; os._exit(0)"
-    )
     target = tmp_path / "copy.db"
-    subprocess.run([sys.executable, "-c", program, target], check=True)
+    subprocess.run([sys.executable, "-c", DEAD, target], check=True)
     assert target.with_name("copy.db-wal").exists()
     file_db.register_agent("a", "t")
     file_db.backup(target, overwrite=True)
 
     with SwarmDB(target) as copy:
+        assert [agent.agent_id for agent in copy.list_agents()] == ["a"]
+        assert copy.check().ok
+
+
+@pytest.mark.parametrize("lost", ["emptied", "removed"])
+def test_a_backup_deletes_no_log_whose_file_was_lost(lost: str, file_db: SwarmDB, tmp_path: Path) -> None:
+    target, log = tmp_path / "copy.db", tmp_path / "copy.db-wal"
+    subprocess.run([sys.executable, "-c", DEAD, target], check=True)
+    os.truncate(target, 0) if lost == "emptied" else target.unlink()
+    whole, files = log.read_bytes(), sorted(tmp_path.glob("copy.db*"))
+    assert whole
+    with pytest.raises(InvalidInputError if target.exists() else StorageError, match=r"does not exist yet|its log"):
+        file_db.backup(target)
+    with pytest.raises(StorageError, match="emptied or removed, but its log is there"):
+        file_db.backup(target, overwrite=True)
+    assert log.read_bytes() == whole
+    assert sorted(tmp_path.glob("copy.db*")) == files
+    assert file_db.list_agents() == []
+
+
+def test_what_is_left_beside_no_file_and_holds_nothing_does_a_backup_no_harm(file_db: SwarmDB, tmp_path: Path) -> None:
+    target = tmp_path / "copy.db"
+    subprocess.run([sys.executable, "-c", DEAD, target], check=True)
+    target.unlink()
+    os.truncate(tmp_path / "copy.db-wal", 0)  # Its index tells of 50 agents still.
+    shutil.copy(hot_journal(tmp_path / "other.db"), tmp_path / "copy.db-journal")
+    file_db.register_agent("a", "t")
+
+    with SwarmDB(file_db.backup(target)) as copy:
         assert [agent.agent_id for agent in copy.list_agents()] == ["a"]
         assert copy.check().ok
 

@@ -546,15 +546,16 @@ SwarmDB(sys.argv[1])
         assert db.check().ok
 
 
-def test_a_copy_that_cannot_be_written_stops_the_migration(legacy: Path) -> None:
-    # The longest name that a file may have leaves no room for the copy's.
-    legacy = legacy.rename(legacy.with_name("x" * 240))
-    before = everything(legacy)
+@pytest.mark.parametrize("length", [240, 246])
+def test_a_copy_that_cannot_be_written_stops_the_migration(length: int, old: Path) -> None:
+    # A name almost as long as a file may have leaves no room for the unfinished copy's, or for the copy's itself.
+    old = old.rename(old.with_name("x" * length))
+    before = everything(old)
     with pytest.raises(StorageError, match=r"\.2\.0\.0\.bak that comes before the migration failed"):
-        SwarmDB(legacy)
+        SwarmDB(old)
 
-    assert everything(legacy) == before
-    assert not list(legacy.parent.glob("*.bak*"))
+    assert everything(old) == before
+    assert not list(old.parent.glob("*.bak*"))
 
 
 def test_an_earlier_copy_stays_and_what_takes_its_place_but_is_none_stops_the_migration(old: Path) -> None:
@@ -565,6 +566,11 @@ def test_an_earlier_copy_stays_and_what_takes_its_place_but_is_none_stops_the_mi
         SwarmDB(old)
     assert everything(old) == before
     copy.unlink()
+    log = copy.with_name(f"{copy.name}-wal")
+    log.write_bytes(b"of an earlier copy")  # SQLite would play it into this one.
+    with pytest.raises(StorageError, match=r"2\.0\.0\.bak: the file was emptied or removed, but its log is there"):
+        SwarmDB(old)
+    assert (everything(old), log.read_bytes()) == (before, b"of an earlier copy")
     copy.write_bytes(b"earlier")
     SwarmDB(old).close()
 

@@ -114,6 +114,52 @@ def test_a_uri_leads_to_one_file_wherever_the_program_goes(tmp_path: Path, monke
     assert sorted(path.name for path in tmp_path.iterdir()) == ["elsewhere", "x#?y%.db"]
 
 
+def test_two_slashes_at_the_beginning_of_a_path_are_one(tmp_path: Path) -> None:
+    for url in (f"sqlite:///file:///{tmp_path}/x.db", f"sqlite:////{tmp_path}/x.db", f"sqlite:///file:{tmp_path}/x.db"):
+        with SwarmDB(url=url) as db:
+            db.register_agent("a", "t")
+            assert db.db_path.samefile(tmp_path / "x.db")
+        with SwarmDB(url=db._location.url) as again:  # As the command does.
+            assert again.get_agent("a") is not None
+
+
+def test_in_a_uri_and_for_an_engine_of_the_callers_home_is_a_name_like_any_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (tmp_path / "~").mkdir()
+    for number, place in enumerate(
+        (
+            {"url": "sqlite:///file:~/n.db"},
+            {"engine": create_engine("sqlite:///file:~/n.db?uri=true", poolclass=NullPool)},
+            {"engine": create_engine("sqlite:///~/n.db", poolclass=NullPool)},
+        )
+    ):
+        with SwarmDB(**place) as db:  # type: ignore[arg-type]
+            assert db.db_path == tmp_path / "~" / "n.db"
+            assert len(db.list_agents()) == number
+            db.register_agent(str(number), "t")
+    with SwarmDB(engine=create_engine("sqlite:///file:n.db", poolclass=NullPool)) as db:  # Without uri=true.
+        assert db.db_path == tmp_path / "file:n.db"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file:n.db", "~"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="a current directory can't be removed there")
+def test_where_the_current_directory_is_gone_a_relative_path_leads_nowhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    engine = create_engine("sqlite:///x.db", poolclass=NullPool)
+    (tmp_path / "gone").rmdir()
+    for place in ({"db_path": "x.db"}, {"url": "sqlite:///file:x.db"}, {"engine": engine}):
+        with pytest.raises(StorageError, match=r"x\.db: the current directory can't be found"):
+            SwarmDB(**place)
+    with SwarmDB(tmp_path / "x.db") as db:
+        assert db.list_agents() == []
+
+
 def test_a_file_that_never_changes_is_read_and_not_made(path: Path) -> None:
     url = f"sqlite:///file:{path}?immutable=1"
     with pytest.raises(StorageError):
@@ -252,16 +298,25 @@ def test_a_newer_or_unknown_version_is_refused_unwritten(path: Path, version: st
     assert list(path.parent.iterdir()) == [path]
 
 
-@pytest.mark.parametrize("version", ["CAST(x'ff' AS TEXT)", "x'ff'", "2.1", "''"])
-def test_a_version_that_is_no_text_is_refused_unwritten(path: Path, version: str) -> None:
+@pytest.mark.parametrize(
+    "version",
+    [
+        *("CAST(x'ff' AS TEXT)", "x'ff'", "2.1", "''", "'1.0.'", "'1.0.0' || char(10)", "'1.0.0.0'"),
+        *("'0.0.1111111111'", "'1.0.' || printf('%.300c', '1')", "'0.0.' || printf('%.5000c', '1')"),
+        "'\N{ARABIC-INDIC DIGIT ONE}.0.0'",
+    ],
+)
+def test_a_version_that_is_no_three_short_numbers_is_refused_unwritten(path: Path, version: str) -> None:
     SwarmDB(path).close()
     with closing(sqlite3.connect(path)) as connection, connection:
         connection.execute(f"UPDATE schema_info SET value = {version} WHERE key = 'version'")
     before = path.read_bytes()
-    with pytest.raises(SchemaError, match=r"its schema version is .*none of SwarmDB's"):
+    with pytest.raises(SchemaError, match=r"its schema version is .*none of SwarmDB's") as caught:
         SwarmDB(path)
 
+    assert len(str(caught.value)) < len(str(path)) + 200
     assert path.read_bytes() == before
+    assert list(path.parent.iterdir()) == [path]
 
 
 @pytest.mark.parametrize("present", [datetime.min, datetime.max, datetime(2025, 11, 30, 10)])  # noqa: DTZ001, DTZ901

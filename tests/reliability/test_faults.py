@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sqlalchemy import NullPool, create_engine
+from sqlalchemy import NullPool, Pool, QueuePool, create_engine
 from sqlalchemy.exc import SQLAlchemyError
 
 from conftest import Clock, url_of
@@ -629,6 +629,25 @@ def test_a_log_whose_file_is_emptied_while_it_is_open_is_not_deleted(log: Path, 
             db.list_agents()
         db._connections.give(held)
         assert log.stat().st_size > 0
+
+
+@pytest.mark.parametrize("pool", [NullPool, QueuePool])
+def test_a_log_whose_file_is_emptied_is_not_deleted_by_a_call_on_an_engine_of_the_callers(
+    pool: type[Pool], path: Path
+) -> None:
+    """Such an engine makes its connections itself, and may have none between two calls."""
+    engine = create_engine(f"sqlite:///{path}", poolclass=pool)
+    with SwarmDB(engine=engine) as db:
+        engine.dispose()
+        log = path.with_name("swarm.db-wal")
+        subprocess.run([sys.executable, "-c", DEAD_WITH_A_LOG, path], check=True)
+        os.truncate(path, 0)
+        whole = log.read_bytes()
+        for call in (db.list_agents, db._get_connection, lambda: db.register_agent("a", "t")):
+            with pytest.raises(StorageError, match="emptied or removed, but its log is there"):
+                call()
+            assert log.read_bytes() == whole
+    engine.dispose()
 
 
 def test_a_log_of_nothing_hinders_nobody(path: Path) -> None:

@@ -18,7 +18,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from moai_flow.memory import forks
 from moai_flow.memory.backends import Backend, SQLite, backend_of, translated
-from moai_flow.memory.engine import LOG_LIMIT_MIB, Location, check_file_of_log, log_bytes
+from moai_flow.memory.engine import LOG_LIMIT_MIB, Location, check_file_of_log, locate, log_bytes
 from moai_flow.memory.errors import BusyError, ClosedError, StorageError
 from moai_flow.memory.files import PRIVATE, OpenedFile, companions, identity_of, make_file, put_in_place
 from moai_flow.memory.patience import PatientConnection, interruption
@@ -181,10 +181,11 @@ class Connections:
             where: What errors call the database.
             kept: How many idle connections stay open, though more may be in use at once.
             file: The database's file, if it has one.
-            watched: Whether no call uses the connections any more once another file is there.
+            watched: Whether no call uses the connections any more once another file is there, and the log is kept from
+                growing. Of a caller's engine, that is the caller's affair.
             anchored: Whether one more stays open throughout, since the database is in memory and would vanish.
             limit: How many may be open at once, for a database on a server; None for any number.
-            log_of: The file whose log is kept from growing; None if it has none, or its owner sees to it.
+            log_of: The file that is not opened without its content, but with its log; None if there is no file.
 
         Raises:
             StorageError: If the database can't be opened.
@@ -258,7 +259,7 @@ class Connections:
         self._uses += 1  # Threads may lose one of theirs, which does no harm.
         if self._uses >= _LOOK_AFTER:
             self._uses = 0
-            if self._log_of is not None:
+            if self._log_of is not None and self._watched:
                 self._cut_log(held, self._log_of)
         permit, held.permit = held.permit, None  # Once it is idle, it is another's.
         if permit is not None:
@@ -461,7 +462,9 @@ def copy_to(raw: sqlite3.Connection, target: Path, mode: int, *, overwrite: bool
         sqlite3.Error: If the database can't be read, or the copy can't be written.
         OSError: If the copy can't take its place.
         BusyError: If a writer keeps what is in memory for longer than the busy timeout.
+        StorageError: If *target* was emptied or removed while its log is there.
     """
+    check_file_of_log(locate(target, None))
     unfinished = target.with_name(f"{target.name}.{uuid4().hex}.tmp")
     (milliseconds,) = raw.execute("PRAGMA busy_timeout").fetchone()
     patience = raw.patience if isinstance(raw, PatientConnection) else milliseconds / 1000
@@ -481,7 +484,8 @@ def copy_to(raw: sqlite3.Connection, target: Path, mode: int, *, overwrite: bool
         if mode | PRIVATE != mode:
             unfinished.chmod(mode)  # Only now: SQLite opens the file anew for each copy.
         if overwrite or not target.exists():
-            for leftover in companions(target):  # Another database's: SQLite would play them into this one.
+            log, index, journal = companions(target)  # Another database's: SQLite would play them into this one.
+            for leftover in (log, index, journal) if overwrite else (journal,):  # A log of no file is empty here.
                 leftover.unlink(missing_ok=True)
         put_in_place(unfinished, target, overwrite=overwrite)
     finally:

@@ -17,7 +17,6 @@ from moai_flow.memory.engine import (
     PAGE_CACHE_MIB,
     Durability,
     Settings,
-    check_file_of_log,
     create,
     locate,
     locate_engine,
@@ -130,19 +129,18 @@ class SwarmDB(Tracking, MemoryOperations, SummaryOperations, RetentionOperations
         self._cleanup_seen = self._cleanup_due = datetime.min.replace(tzinfo=UTC)
         self._location = locate(db_path, url) if engine is None else locate_engine(engine)
         where = str(self._location)
+        file = self._location.path
+        log_of = None if file is None else self._location
         if engine is None:
             settings = self._adapted(Settings(durability, busy_timeout, page_cache_mib, statement_timeout))
             own = create(self._location, settings)
             limit = Limit(pool_size, busy_timeout) if self._location.is_on_server else None
             anchored = self._location.is_in_memory
-            file = self._location.path
-            log_of = None if file is None else self._location
             self._connections = Connections(
                 own, where, kept=_KEPT, file=file, watched=True, anchored=anchored, limit=limit, log_of=log_of
             )
         else:
-            check_file_of_log(self._location)
-            self._connections = Connections(engine, where, kept=_KEPT_OF_CALLER, file=self._location.path)
+            self._connections = Connections(engine, where, kept=_KEPT_OF_CALLER, file=file, log_of=log_of)
         # Runs at close(), when nobody uses the object any more, or when the interpreter ends, whichever comes first.
         self._finalizer = weakref.finalize(self, self._connections.close)
         held = self._connections.take()

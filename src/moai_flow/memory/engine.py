@@ -102,8 +102,8 @@ def locate(db_path: str | os.PathLike[str] | None, url: str | URL | None) -> Loc
     return _from_path(db_path, "db_path")
 
 
-def path_of_file(given: str | os.PathLike[str], *, field: str) -> Path:
-    """Return the absolute path of a file, which need not exist.
+def path_of_file(given: str | os.PathLike[str], *, field: str, of_home: bool = True) -> Path:
+    """Return the absolute path of a file, which need not exist. By *of_home*, ``~`` stands for somebody's home.
 
     Raises:
         InvalidInputError: If *given* is no path, or a folder's.
@@ -116,10 +116,13 @@ def path_of_file(given: str | os.PathLike[str], *, field: str) -> Path:
     if not isinstance(name, str) or not name or "\0" in name:
         raise InvalidInputError(field, given, "the path of a file")
     try:
-        path = Path(name).expanduser().absolute()
-        mode = path.stat().st_mode
+        path = (Path(name).expanduser() if of_home else Path(name)).absolute()
     except RuntimeError as error:
         raise InvalidInputError(field, name, f"a path that can be found ({error})") from None
+    except OSError as error:
+        raise StorageError(f"{name}: the current directory can't be found: {error}") from error
+    try:
+        mode = path.stat().st_mode
     except (FileNotFoundError, NotADirectoryError):
         return path
     except OSError as error:  # A loop of links, for one.
@@ -168,7 +171,7 @@ def check_file_of_log(location: Location) -> None:
     Raises:
         StorageError: If it was.
     """
-    if location.path is None:
+    if location.path is None or size_of(location.path):  # The usual case, at one look.
         return
     path = Path(os.path.realpath(location.path))
     # In this order: SQLite gives a new file its first page before it makes a log, and never takes that page away again.
@@ -243,9 +246,9 @@ def _from_uri(url: URL, field: str) -> Location:
         raise InvalidInputError(
             field, without_secrets(url), "no parameters but mode=ro, rw or rwc, immutable=0 or 1, and uri=true"
         )
-    path = path_of_file(name, field=field)
-    # A relative one would lead somewhere else once the current directory is another.
-    exact = url.set(database=f"file:{quote(os.fsencode(path))}").update_query_dict({"uri": "true"})
+    path = path_of_file(name, field=field, of_home=False)
+    # A relative one would lead somewhere else once the current directory is another. Two slashes would name a host.
+    exact = url.set(database=f"file:{quote(os.fsencode(path), safe='')}").update_query_dict({"uri": "true"})
     if url.query.get("immutable") == "1":
         exact = exact.update_query_dict({"mode": "ro"})  # By itself, SQLite would make a file that is missing.
     return Location(exact, path)
@@ -280,6 +283,7 @@ def locate_engine(engine: Engine) -> Location:
 
     Raises:
         InvalidInputError: If it is for another database or driver, or hands the same connection to several users.
+        StorageError: If the system can't look there.
     """
     drivers = ("sqlite", "pysqlite"), ("postgresql", "psycopg")
     if not isinstance(engine, Engine) or (engine.dialect.name, engine.dialect.driver) not in drivers:
@@ -288,6 +292,12 @@ def locate_engine(engine: Engine) -> Location:
     shares = isinstance(engine.pool, StaticPool | SingletonThreadPool)
     # What the driver takes of a URL is its owner's affair; what SQLite takes says where the database is.
     url = engine.url.difference_update_query(_OF_DRIVER)
+    if engine.dialect.name == "sqlite" and "uri" not in url.query:
+        try:
+            (database,), _ = engine.dialect.create_connect_args(engine.url)  # Neither ~ nor file: is special in it.
+        except OSError as error:
+            raise StorageError(f"{without_secrets(url)}: the current directory can't be found: {error}") from error
+        url = url.set(database=database)
     location = Location(engine.url) if engine.dialect.name == "postgresql" else locate(None, url)
     # In memory, each connection of such a pool would be another database, or all users would share one connection.
     if location.is_in_memory or shares:

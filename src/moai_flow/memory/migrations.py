@@ -36,7 +36,7 @@ from sqlalchemy.schema import CreateIndex, CreateTable
 from moai_flow.memory.backends import SQLite, translated
 from moai_flow.memory.connections import Connections, Held, copy_to
 from moai_flow.memory.engine import Location, check_settings, create
-from moai_flow.memory.errors import BusyError, ConflictError, InvalidInputError, SchemaError, StorageError
+from moai_flow.memory.errors import BusyError, ConflictError, InvalidInputError, SchemaError, StorageError, shown
 from moai_flow.memory.files import mode_of
 from moai_flow.memory.models import (
     TABLES,
@@ -266,8 +266,8 @@ def _check_server_columns(table: Table, found: Sequence[ReflectedColumn], locati
 def _check_known(version: str | None, location: Location) -> None:
     if version is None or version == VERSION:
         return
-    if not re.fullmatch(r"\d+\.\d+\.\d+", version):
-        raise SchemaError(f"{location}: its schema version is {version!r}, which is none of SwarmDB's")
+    if not re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,9}){2}", version):
+        raise SchemaError(f"{location}: its schema version is {shown(version)}, which is none of SwarmDB's")
     if _as_numbers(version) > _as_numbers(VERSION):
         raise SchemaError(
             f"{location}: its schema version is {version}, and this package knows {VERSION} at most; "
@@ -362,9 +362,9 @@ def _check_columns(raw: sqlite3.Connection, model: type[Record], location: Locat
 def _copy_aside(path: Path, version: str) -> None:
     """Copy the file to ``<file>.<version>.bak``, unless that exists: an earlier copy is never overwritten."""
     target = path.with_name(f"{path.name}.{version}.bak")
-    if target.exists():
-        return
     try:
+        if target.exists():
+            return
         # Through a connection of its own: it reads what is committed, whatever journal the file uses.
         with closing(sqlite3.connect(path)) as source:
             copy_to(source, target, mode_of(path))

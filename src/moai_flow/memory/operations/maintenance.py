@@ -331,7 +331,8 @@ class MaintenanceOperations(Scope):
                 set.
             TransactionError: Inside a transaction, whose changes the copy would lack.
             BusyError: If a writer keeps a database in memory for longer than the busy timeout.
-            StorageError: If the file can't be written, or the database is on a server.
+            StorageError: If the file can't be written, or was emptied or removed while its log is there; or if the
+                database is on a server.
             ClosedError: After `close`.
         """
         self._refuse_in_block("backup()")
