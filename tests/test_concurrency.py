@@ -4,6 +4,7 @@ import gc
 import json
 import multiprocessing
 import os
+import signal
 import sqlite3
 import subprocess
 import sys
@@ -503,6 +504,30 @@ def test_a_callers_pool_is_closed_once_at_a_fork_and_only_if_nobody_uses_it(path
                     SwarmDB(path)
 
             assert forked(child) == 0
+    engine.dispose()
+
+
+def test_a_fork_whose_wait_was_interrupted_leaves_no_pool_to_the_child(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys, "unraisablehook", lambda _: None)  # Which is where Python puts it.
+    usual = signal.signal(signal.SIGUSR1, interrupt)
+    engine = create_engine(f"sqlite:///{path}", poolclass=QueuePool, connect_args={"check_same_thread": False})
+    with SwarmDB(engine=engine) as db, SwarmDB(path.with_name("other.db")) as other:
+        db.register_agent("a", "t")
+        end = hold_block_of_another_thread(other)
+        timer = threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGUSR1))
+        timer.start()
+        try:
+            fork_refused(path)
+        finally:
+            timer.join()
+            signal.signal(signal.SIGUSR1, usual)
+            end()
+        db.register_agent("b", "t")
     engine.dispose()
 
 

@@ -210,7 +210,7 @@ class Connections:
         self._idle: list[Held] = []
         self._open: weakref.WeakSet[Held] = weakref.WeakSet()
         self._opening: set[int] = set()  # The threads that are about to have one.
-        self._pool_is_in_use = False  # A caller's, at the fork.
+        self._pool_may_be_open = file is not None and not watched  # A caller's; else there is none.
         self._anchor = self._connect() if anchored else None
         _instances.add(self)
         forks.concern(self)
@@ -316,9 +316,8 @@ class Connections:
 
     def is_in_use_elsewhere(self) -> bool:
         """Whether another thread has a connection in use, which it will give back; not where this one has one too."""
-        if (
-            self._path is None and self._anchor is None
-        ):  # A server's: connections of the child's own lock by themselves.
+        # A server's have no part in it: connections of the child's own lock by themselves.
+        if self._path is None and self._anchor is None:
             return False
         if self.local.blocks:  # The child is refused in any case, and the others may be waiting for this thread.
             return False
@@ -330,22 +329,23 @@ class Connections:
         """Close what is idle, before a fork."""
         if self._path is not None or self._anchor is not None:
             self._drain()
+        self._pool_may_be_open = self._path is not None and not self._watched  # Until `settle` has closed it.
 
     def settle(self) -> None:
         """Close what is idle in a caller's pool before a fork. If some of it is in use, the child is refused."""
         if self._path is None or self._watched:
             return
         in_use = getattr(self._engine.pool, "checkedout", None)
-        self._pool_is_in_use = in_use is not None and in_use() > 0
-        if not self._pool_is_in_use:
+        if in_use is None or in_use() == 0:
             self._engine.dispose()
+            self._pool_may_be_open = False
 
     def forget_all(self) -> None:
         """Leave every connection to the parent process. The child opens its own, unless the parent had some in use."""
         import ctypes  # Only a forked child needs it, and it would slow every import of the package.
 
         if self._path is not None and (
-            self._opening or self._pool_is_in_use or any(held.is_open for held in self._open)
+            self._opening or self._pool_may_be_open or any(held.is_open for held in self._open)
         ):
             forks.leave_to_parent(identity_of(self._path) if self._file is None else self._file.identity)
         for held in self._open:

@@ -13,15 +13,7 @@ from sqlalchemy.engine import URL
 from moai_flow.memory import inputs
 from moai_flow.memory.backends import translating
 from moai_flow.memory.connections import Connections, Limit
-from moai_flow.memory.engine import (
-    PAGE_CACHE_MIB,
-    Durability,
-    Settings,
-    create,
-    locate,
-    locate_engine,
-    shown_place,
-)
+from moai_flow.memory.engine import PAGE_CACHE_MIB, Durability, Settings, create, locate, locate_engine, shown_place
 from moai_flow.memory.errors import InvalidInputError
 from moai_flow.memory.migrations import bring_up_to_date
 from moai_flow.memory.operations.maintenance import MaintenanceOperations
