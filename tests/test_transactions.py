@@ -268,6 +268,24 @@ def test_an_interrupt_at_any_step_of_the_end_of_a_block_leaves_no_connection_tha
     assert agents(db) in ({"a", "c"}, {"a", "b", "c"})
 
 
+def test_a_block_that_an_interrupt_kept_from_being_ended_takes_no_more_writes(db: SwarmDB) -> None:
+    def interrupt(frame: FrameType, kind: str, argument: object) -> None:
+        if kind == "call":  # Of whatever function of Python's comes first, before its first line.
+            raise KeyboardInterrupt  # Python then takes the profile function away.
+
+    try:
+        with db.transaction():
+            db.register_agent("a", "t")
+            sys.setprofile(interrupt)
+    except KeyboardInterrupt:
+        sys.setprofile(None)
+        assert db._connections.local.blocks == []
+        db.register_agent("b", "t")  # While the interrupt's traceback is still there.
+        with db.transaction():
+            db.register_agent("c", "t")
+    assert agents(db) == {"b", "c"}
+
+
 def test_a_connection_of_a_single_call_on_which_an_interrupt_came_is_not_used_again(file_db: SwarmDB) -> None:
     def interrupt(frame: FrameType, kind: str, argument: object) -> None:
         if kind == "call" and frame.f_code.co_name == "fetch":

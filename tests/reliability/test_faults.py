@@ -360,6 +360,8 @@ def reading(db):
         with db.session(readonly=True):
             db.get_events()
 
+# What interrupts pydantic while it builds a model, at the first use, comes out as pydantic's SchemaError.
+AgentEvent(event_type=EventType.SPAWN, agent_id="a", agent_type="t")
 signal.signal(signal.SIGALRM, interrupt)
 gc.disable()
 db = SwarmDB(path, busy_timeout=0)

@@ -6,6 +6,7 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, suppress
 from datetime import datetime
+from functools import partial
 from types import TracebackType
 from typing import Any, Protocol, TypeVar
 
@@ -309,27 +310,64 @@ _ENDED_INSIDE = (
 _INHERITED = "this block was opened before a fork: its transaction is the parent process's"
 
 
+class _Ending:
+    """What a ``with`` statement calls at its end; only by `_Opening.end`, which no frame of Python's has meanwhile."""
+
+    block: Block | None = None
+
+    def __init__(self, scope: "Scope") -> None:
+        self._scope = scope
+
+    def __call__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        block = self.block
+        assert block is not None
+        try:
+            block.leave(keep=kind is None)
+        finally:
+            del error, traceback
+        if kind is None and block.outer is None:
+            self._scope._clean_after(block.added)
+
+
+class _Exit:
+    """Gives a ``with`` statement the end of the block itself, not a method of `_Opening`.
+
+    An interrupt can come at the first step of a function, before its first line. The frame in its traceback has the
+    function's arguments then, of a method also the object, for as long as anybody has the error.
+    """
+
+    def __get__(self, opening: "_Opening[Any] | None", kind: type["_Opening[Any]"]) -> Callable[..., None]:
+        return _end if opening is None else opening.end
+
+
+def _end(opening: "_Opening[Any]", *raised: Any) -> None:
+    """End the block for `contextlib.ExitStack`, which asks the class."""
+    opening.end(*raised)
+
+
 class _Opening(AbstractContextManager[G]):
     """Opens a block for a ``with`` statement, and ends it, wherever interrupts come, and however many.
 
     It is no generator: an exception that comes out of one in the place of the one that went in leaves a reference cycle
     behind, with the frames of all callers. An interrupt inside SQLAlchemy still does so, but those frames have let go
-    of this object by then, and the block is abandoned once nobody has it.
+    of this object by then, and the block is abandoned once nobody has what ends it.
     """
-
-    _block: Block | None = None
 
     def __init__(self, scope: "Scope", give: Callable[[Block], G], **options: bool) -> None:
         self._scope = scope
         self._give = give
         self._options = options
+        self._ending = _Ending(scope)
+        self.end = partial(self._ending)
 
     def __enter__(self) -> G:
-        if self._block is not None:
+        if self._ending.block is not None:
             raise RuntimeError("a transaction is entered once; each block needs one of its own")
         try:
-            block = self._block = self._scope._new_block(**self._options)
-            block.abandon_with(self)
+            block = self._ending.block = self._scope._new_block(**self._options)
+            block.abandon_with(self.end)
             try:
                 block.begin()
                 return self._give(block)
@@ -339,17 +377,7 @@ class _Opening(AbstractContextManager[G]):
         finally:
             del self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        scope, block = self._scope, self._block
-        assert block is not None
-        try:
-            block.leave(keep=kind is None)
-        finally:
-            del self, error, traceback
-        if kind is None and block.outer is None:
-            scope._clean_after(block.added)
+    __exit__ = _Exit()
 
 
 class Scope:
