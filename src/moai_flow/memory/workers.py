@@ -421,9 +421,10 @@ class Pinned:
                 return self._jobs.get(timeout=_LOOK)
             except Empty:
                 loop = self._loop()
-                if loop is None or loop.is_closed() or _interpreter_is_ending():
+                is_gone = loop is None or loop.is_closed()
+                del loop  # Else nobody could notice that the program has let go of it.
+                if is_gone or _interpreter_is_ending():
                     return None
-                del loop
 
 
 def _interpreter_is_ending() -> bool:
