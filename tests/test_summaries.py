@@ -485,6 +485,74 @@ def test_a_sum_that_no_float_holds_is_infinite(db: SwarmDB, sign: int) -> None:
     assert bucket.value == sign * math.inf
 
 
+def test_floats_of_every_magnitude_are_added_up_to_their_last_bit(db: SwarmDB) -> None:
+    # Of each pair, only the last bits are left, and all bits where the two are one apart.
+    pairs = [
+        (value, left)
+        for exponent in range(-1074, 1024)
+        if exponent % 32 in (0, 1, 31) or exponent < -1020
+        for power in [math.ldexp(1.0, exponent)]
+        for value, left in (
+            (math.nextafter(power, math.inf), -power),
+            (power, -math.nextafter(power, 0)),
+            (power * 1.5, math.nextafter(power, math.inf)),
+        )
+        if value < math.inf and left
+    ]
+    largest = math.ldexp(math.nextafter(1, 0), 1024)
+    pairs += [(largest, -math.nextafter(largest, 0)), (-largest, 0.0), (math.nextafter(2.0**32, 0), 2.0**-1074)]
+    second = timedelta(seconds=1)
+    fill(
+        db,
+        (
+            AgentMetric(agent_id="a", metric_type=AgentMetricType.DURATION, value=value, timestamp=NOON + n * second)
+            for n, pair in enumerate(pairs)
+            for value in pair
+        ),
+    )
+
+    for agg in ("sum", "mean", "p50", "min", "max"):
+        found = db.metric_series(AgentMetricType.DURATION, bucket=second, agg=agg)
+        assert [bucket.value for bucket in found] == [AGGREGATES[agg](pair) for pair in pairs]
+
+
+def test_whole_numbers_of_every_magnitude_are_added_up_to_their_last_bit(db: SwarmDB) -> None:
+    values = [sign * 2**exponent + more for exponent in range(63) for sign in (1, -1) for more in (-1, 0, 1)]
+    durations = [LARGEST, -LARGEST - 1, *values]
+    fill(
+        db,
+        (
+            TaskMetric(task_id=str(n), agent_id="a", duration_ms=duration, result=TaskResult.SUCCESS, timestamp=NOON)
+            for n, duration in enumerate(durations)
+        ),
+    )
+
+    summary = db.summarize_tasks()
+    assert summary.mean_ms == -1 / len(durations)
+    assert (summary.max_ms, summary.p50_ms) == (LARGEST, percentile(durations, 50))
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 20, 21, 22, 100, 101, 102])
+def test_percentiles_of_any_number_of_values_are_what_plain_python_says(db: SwarmDB, count: int) -> None:
+    durations = [number**3 for number in range(count)]
+    fill(
+        db,
+        [
+            TaskMetric(
+                task_id=f"{agent}{duration}", agent_id=agent, duration_ms=duration + len(agent),
+                result=TaskResult.SUCCESS, timestamp=NOON,
+            )
+            for agent in ("a", "bb")
+            for duration in durations
+        ],
+    )  # fmt: skip
+
+    for summary in (*db.summarize_agents(), db.summarize_tasks("a")):
+        found = (summary.p50_ms, summary.p95_ms, summary.p99_ms)
+        expected = [duration + len(getattr(summary, "agent_id", "a")) for duration in durations]
+        assert found == tuple(percentile(expected, percent) for percent in (50, 95, 99))
+
+
 def test_of_what_was_removed_meanwhile_there_is_no_series(path: Path) -> None:
     class Late(SwarmDB):
         """Adds up once the metrics are gone."""

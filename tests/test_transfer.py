@@ -293,6 +293,19 @@ def test_times_of_another_program_are_copied_as_the_moments_that_they_mean(sourc
     assert copy_database(source, server, resume=True).tables[3].already_there == 6
 
 
+def test_the_checksum_of_many_rows_is_the_sum_of_theirs(path: Path, new: NewStore) -> None:
+    with SwarmDB(path) as source:
+        for number in range(40):
+            source.register_agent(f"a-{number}", "t")
+        report = copy_database(source, new("server"))
+    rows = file_run(path, "SELECT * FROM agent_registry")
+    shown = [json.dumps((*row[:-1], row[-1].replace("+00:00", "Z")), separators=(",", ":")) for row in rows]
+    total = sum(int.from_bytes(sha256(row.encode()).digest()) for row in shown)
+
+    assert total > 2**256
+    assert report.tables[1].checksum == f"{total % 2**256:064x}"
+
+
 def test_the_checksum_is_what_it_is_said_to_be(source: SwarmDB, new: NewStore) -> None:
     report = copy_database(source, new("server"))
     ((*row,),) = file_run(source.db_path, "SELECT * FROM agent_registry WHERE agent_id = 'a-0'")
@@ -411,6 +424,36 @@ def test_a_row_of_the_target_that_was_changed_is_found(
     assert retention(target) == "off"
 
 
+@pytest.mark.parametrize(
+    ("kind", "was", "became"),
+    [("file", "9e999", "-9e999"), ("server", "'Infinity'", "'-Infinity'"), ("server", "'Infinity'", "'NaN'")],
+)
+def test_a_figure_that_is_not_finite_is_not_taken_for_another_one(
+    kind: str, was: str, became: str, new: NewStore
+) -> None:
+    source, target = new(kind), new(kind)
+    fill(source, 1)
+    raw_run(source, f"UPDATE agent_metrics SET value = {was}")
+    copy_database(source, target)
+    raw_run(target, f"UPDATE agent_metrics SET value = {became}")
+    with pytest.raises(StorageError, match="not hold the same as the source in agent_metrics"):
+        copy_database(source, target, resume=True)
+
+
+def test_every_table_that_is_not_the_same_is_named_and_no_other(source: SwarmDB, new: NewStore) -> None:
+    target = new("file")
+    copy_database(source, target)
+    raw_run(target, "DELETE FROM session_memory WHERE id = 1")
+    raw_run(target, "UPDATE swarm_metrics SET value = 5 WHERE metric_id = 1")
+    with pytest.raises(StorageError, match="not hold the same") as caught:
+        copy_database(source, target, resume=True)
+
+    said = str(caught.value)
+    assert said.startswith(f"{target.db_path}: ")
+    assert [name for name in NAMES if f"{name} (source: 3 rows" in said] == ["session_memory", "swarm_metrics"]
+    assert "target: 2 rows" in said
+
+
 def test_a_row_of_the_source_that_has_changed_since_is_found(source: SwarmDB, new: NewStore) -> None:
     target = new("server")
     copy_database(source, target)
@@ -423,10 +466,15 @@ def test_rows_that_are_in_the_way_are_named(source: SwarmDB, new: NewStore) -> N
     target = new("server")
     source.insert_event(EVENT, event_id="taken")
     target.insert_event(EVENT, event_id="taken")
-    with pytest.raises(ConflictError, match=r"(?s)taken.*row of agent_events with id=4, and nothing of its batch"):
+    with pytest.raises(
+        ConflictError, match=r"(?s)taken.*row of agent_events with id=4, and nothing of its batch"
+    ) as caught:
         copy_database(source, target, resume=True)
 
     assert counted(target)["agent_events"] == 1
+    cause = caught.value.__cause__
+    assert isinstance(cause, ConflictError)
+    assert isinstance(cause.__cause__, psycopg.errors.UniqueViolation)
 
 
 # Interruptions
@@ -487,6 +535,27 @@ def test_what_a_killed_copy_has_under_way_is_waited_for(source: SwarmDB, new: Ne
         copy_database(source, impatient, resume=True)
 
     assert answers(target) == answers(source)
+
+
+@pytest.mark.parametrize("table", NAMES)
+def test_it_is_waited_for_whichever_table_it_is_in(table: str, source: SwarmDB, new: NewStore) -> None:
+    url = new("server")._location.url
+    plain = make_url(url).set(drivername="postgresql").render_as_string(hide_password=False)
+    with SwarmDB(url=url, busy_timeout=0.05) as impatient, psycopg.connect(plain) as killed:
+        killed.execute(f"LOCK TABLE {table} IN ROW EXCLUSIVE MODE".encode())  # As every writer does.
+        with pytest.raises(BusyError, match="busy timeout"):
+            copy_database(source, impatient)
+
+
+def test_who_only_reads_the_target_is_not_waited_for(source: SwarmDB, new: NewStore) -> None:
+    url = new("server")._location.url
+    plain = make_url(url).set(drivername="postgresql").render_as_string(hide_password=False)
+    with SwarmDB(url=url, busy_timeout=0.2) as impatient, psycopg.connect(plain) as reader:
+        for name in NAMES:
+            reader.execute(f"SELECT * FROM {name}".encode())
+        copy_database(source, impatient)
+
+        assert answers(impatient) == answers(source)
 
 
 def test_what_a_killed_copy_still_commits_is_there_already(source: SwarmDB, new: NewStore) -> None:
@@ -559,6 +628,39 @@ def test_writers_on_the_source_do_no_harm(kind: str, other: str, new: NewStore) 
 
     assert [table.rows for table in report.tables] == [30] * len(NAMES)
     assert answers(target) == before != answers(source)
+
+
+@pytest.mark.parametrize("kind", ["file", "server"])
+def test_who_writes_to_the_target_while_it_is_verified_is_neither_held_up_nor_counted(
+    kind: str, source: SwarmDB, new: NewStore
+) -> None:
+    target = new(kind)
+    with SwarmDB(url=target._location.url, busy_timeout=0.2) as writer:
+
+        def write(step: Progress) -> None:
+            if step.activity == "verify":
+                for _ in range(3):
+                    writer.insert_event(EVENT)
+                    writer.store_swarm_metric("w", "health", 1)
+
+        report = copy_database(source, target, batch_size=2, progress=write)
+
+    assert [table.rows for table in report.tables] == [3] * len(NAMES)
+    assert counted(target)["swarm_metrics"] > 3
+
+
+def test_one_database_is_copied_into_two_at_once(new: NewStore) -> None:
+    source, target, other_target = new("server"), new("server"), new("server")
+    fill(source)
+    with SwarmDB(url=source._location.url, busy_timeout=0.2) as again:
+
+        def copy_as_well(step: Progress) -> None:
+            if step[:3] == ("copy", "agent_events", 3):
+                copy_database(again, other_target)
+
+        copy_database(source, target, progress=copy_as_well)
+
+    assert answers(target) == answers(other_target) == answers(source)
 
 
 # Rows that can't be copied
@@ -751,3 +853,17 @@ def test_the_mark_of_retention_is_the_sources_in_the_end_and_off_until_then(
     assert meanwhile == {"off"}
     assert retention(target) == (mark or "off")
     assert target.schema_version == source.schema_version
+
+
+@pytest.mark.parametrize("kind", ["file", "server"])
+def test_the_mark_of_retention_is_that_which_the_source_had_at_the_beginning(kind: str, new: NewStore) -> None:
+    source, target = new(kind), new("file")
+    fill(source)
+    with SwarmDB(url=source._location.url) as other:
+
+        def set_off(step: Progress) -> None:
+            raw_run(other, "UPDATE schema_info SET value = 'off' WHERE key = 'retention'")
+
+        copy_database(source, target, progress=set_off)
+
+    assert (retention(source), retention(target)) == ("off", "default")
