@@ -14,6 +14,7 @@ import threading
 import time
 from collections import Counter
 from contextlib import closing
+from datetime import UTC, datetime
 from multiprocessing.synchronize import Event
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ import pytest
 from cli.running import Command, execute
 from moai_flow.memory import BusyError, EventData, InvalidInputError, SchemaError, StorageError, SwarmDB
 from moai_flow.memory.cli import app
-from moai_flow.memory.restoring import _copy_all, _replace, restore_backup
+from moai_flow.memory.restoring import _copy_all, _is_of_writing, _reading, _replace, restore_backup
 
 SPAWN = multiprocessing.get_context("spawn")
 DEAD = """
@@ -532,6 +533,80 @@ def test_what_belongs_to_the_backup_or_the_database_is_not_the_other_one(ending:
 
     assert oddly_named.read_bytes() == whole
     assert files(path.parent) == sorted(["saved.db", "swarm.db", oddly_named.name])
+
+
+def test_who_has_no_patience_restores_what_nobody_uses(saved: Path, path: Path) -> None:
+    restore_backup(saved, path, overwrite=True, busy_timeout=0)
+
+    assert agents(path) == ["before"]
+
+
+def test_a_backup_is_waited_for_as_long_as_was_said(saved: Path) -> None:
+    for patience in (0, 0.25, 3600):
+        with closing(_reading(saved, patience)) as raw:
+            assert raw.execute("PRAGMA busy_timeout").fetchone() == (patience * 1000,)
+
+
+def test_a_backup_that_has_a_log_is_restored_as_a_file_that_needs_none_to_be_read(saved: Path, path: Path) -> None:
+    with closing(sqlite3.connect(saved)) as raw:
+        assert raw.execute("PRAGMA journal_mode = WAL").fetchone() == ("wal",)
+    restore_backup(saved, path, overwrite=True)
+    with closing(sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True)) as raw:
+        assert raw.execute("PRAGMA journal_mode").fetchone() == ("delete",)
+        assert raw.execute("SELECT agent_id FROM agent_registry").fetchall() == [("before",)]
+
+    assert saved.read_bytes()[18:20] == b"\2\2"  # Which is how SQLite notes that there may be one.
+    assert files(path.parent)[:2] == ["saved.db", "swarm.db"]
+
+
+@pytest.mark.parametrize("content", [None, b"rubbish" * 1000], ids=["sound", "destroyed"])
+def test_what_is_kept_is_named_by_the_time_in_utc(
+    content: bytes | None, saved: Path, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if content is not None:
+        path.write_bytes(content)
+    monkeypatch.setenv("TZ", "Pacific/Kiritimati")  # Where it is tomorrow, mostly.
+    time.tzset()
+    try:
+        begin = datetime.now(UTC)
+        kept = restore_backup(saved, path, overwrite=True).kept
+        end = datetime.now(UTC)
+    finally:
+        monkeypatch.undo()
+        time.tzset()
+    assert kept is not None
+    moment = datetime.strptime(kept.name, "swarm.db.%Y%m%d-%H%M%S-%f.bak").replace(tzinfo=UTC)
+
+    assert begin <= moment <= end
+
+
+def test_of_a_database_without_tables_nothing_is_kept(saved: Path, path: Path) -> None:
+    path.unlink()
+    execute(path, "PRAGMA user_version = 1")
+    assert path.stat().st_size > 0
+
+    assert restore_backup(saved, path, overwrite=True).kept is None
+    assert files(path.parent) == ["saved.db", "swarm.db"]
+    assert agents(path) == ["before"]
+
+
+@pytest.mark.parametrize(
+    ("name", "is_of_writing"),
+    [
+        ("SQLITE_FULL", True),
+        ("SQLITE_IOERR_WRITE", True),
+        ("SQLITE_IOERR_FSYNC", True),
+        ("SQLITE_IOERR_READ", False),
+        ("SQLITE_IOERR_SHORT_READ", False),
+        ("SQLITE_CORRUPT", False),
+        ("SQLITE_NOTADB", False),
+    ],
+)
+def test_an_error_is_that_of_the_file_that_was_written_or_of_the_backup(name: str, *, is_of_writing: bool) -> None:
+    error = sqlite3.OperationalError(name)
+    error.sqlite_errorcode = getattr(sqlite3, name)
+
+    assert _is_of_writing(error) == is_of_writing
 
 
 def test_a_link_to_the_database_stays_one(saved: Path, path: Path, tmp_path: Path) -> None:
