@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from datetime import UTC, datetime, timedelta
 from hashlib import sha256
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -337,6 +338,16 @@ def test_no_number_that_the_source_has_given_is_given_again(kind: str, other: st
 
 
 @pytest.mark.parametrize(("kind", "other"), WAYS)
+def test_nor_is_the_first_one_but_where_none_was_given_it_is(kind: str, other: str, new: NewStore) -> None:
+    source, target = new(kind), new(other)
+    source.store_agent_metric("a", "duration", 1)
+    copy_database(source, target)
+
+    assert target.store_agent_metric("a", "duration", 1) == 2
+    assert target.store_swarm_metric("w", "health", 1) == 1
+
+
+@pytest.mark.parametrize(("kind", "other"), WAYS)
 def test_numbers_that_the_target_itself_has_given_are_not_given_again(kind: str, other: str, new: NewStore) -> None:
     source, target = new(kind), new(other)
     fill(source, 2)
@@ -591,6 +602,30 @@ def test_an_exception_between_two_batches_leaves_what_was_written(source: SwarmD
     assert answers(target) == answers(source)
 
 
+def interrupting_after(number: int) -> Callable[[Progress], None]:
+    """Return what ends a copy after so many batches."""
+    batches = count(1)
+
+    def interrupt(step: Progress) -> None:
+        if next(batches) == number:
+            raise KeyboardInterrupt
+
+    return interrupt
+
+
+@pytest.mark.parametrize("kind", ["file", "server"])
+def test_a_copy_can_be_gone_on_with_after_every_row(kind: str, hostile: SwarmDB, new: NewStore) -> None:
+    target = new(kind)
+    for number in range(1, sum(map(len, INSERTS.values())) + 1):
+        with pytest.raises(KeyboardInterrupt):
+            copy_database(hostile, target, resume=True, batch_size=1, progress=interrupting_after(number))
+        assert sum(counted(target).values()) == number
+    report = copy_database(hostile, target, resume=True)
+
+    assert [table.already_there for table in report.tables] == [table.rows for table in report.tables]
+    assert answers(target) == answers(hostile)
+
+
 def test_a_target_that_another_program_keeps_is_waited_for_no_longer_than_it_says(
     source: SwarmDB, tmp_path: Path
 ) -> None:
@@ -819,6 +854,14 @@ def test_a_transaction_that_is_open_is_not_joined(source: SwarmDB, new: NewStore
         with db.transaction(), pytest.raises(TransactionError, match="inside a transaction"):
             copy_database(source, target)
     assert counted(target) == dict.fromkeys(NAMES, 0)
+
+
+def test_a_batch_has_5000_rows_unless_it_is_given_another_size(source: SwarmDB, new: NewStore) -> None:
+    source.insert_events([EVENT] * 4998)
+    steps: list[Progress] = []
+    copy_database(source, new("file"), progress=steps.append)
+
+    assert [step.done for step in steps if step.table == "agent_events"] == [5000, 5001] * 2
 
 
 def test_a_batch_has_a_row_at_least(source: SwarmDB, new: NewStore) -> None:
