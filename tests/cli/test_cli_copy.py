@@ -189,9 +189,10 @@ def test_an_interrupt_says_how_to_go_on(swarmdb: Command, store: Path, monkeypat
 
 
 def test_a_terminal_shows_progress_and_standard_output_only_the_answer(store: Path, tmp_path: Path) -> None:
-    progress, answer = on_terminal([*COPY, str(store), "copy.db"], tmp_path)
+    progress, answer = on_terminal([*COPY, str(store), "copy.db", "--batch-size", "2"], tmp_path)
 
     for words in (b"copy agent_events", b"verify task_metrics", b"3/3"):
         assert words in progress
         assert words not in answer
+    assert b"5/3" not in progress  # As it would be if what is done were added to what was.
     assert answer.startswith(b"Copied and verified")
