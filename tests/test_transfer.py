@@ -488,6 +488,23 @@ def test_rows_that_are_in_the_way_are_named(source: SwarmDB, new: NewStore) -> N
     assert isinstance(cause.__cause__, psycopg.errors.UniqueViolation)
 
 
+@pytest.mark.parametrize("kind", ["file", "server"])
+def test_it_is_the_row_itself_wherever_in_its_batch_it_is(kind: str, path: Path, new: NewStore) -> None:
+    target = new(kind)
+    target.insert_event(EVENT)
+    raw_run(target, "UPDATE agent_events SET id = -1")  # Before all others, which are all to be copied.
+    with SwarmDB(path) as source:
+        for number in range(1, 9):
+            source.insert_event(EVENT, event_id=f"e-{number}")
+        for number in range(1, 9):
+            for size in (8, 5, 1):
+                raw_run(target, "DELETE FROM agent_events WHERE id > 0")
+                raw_run(target, f"UPDATE agent_events SET event_id = 'e-{number}'")
+                with pytest.raises(ConflictError, match=rf"row of agent_events with id={number}, and"):
+                    copy_database(source, target, batch_size=size, resume=True)
+                assert counted(target)["agent_events"] == 1 + (number - 1) // size * size
+
+
 # Interruptions
 
 PROGRAM = """
