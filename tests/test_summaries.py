@@ -534,23 +534,24 @@ def test_whole_numbers_of_every_magnitude_are_added_up_to_their_last_bit(db: Swa
 
 @pytest.mark.parametrize("count", [1, 2, 3, 20, 21, 22, 100, 101, 102])
 def test_percentiles_of_any_number_of_values_are_what_plain_python_says(db: SwarmDB, count: int) -> None:
-    durations = [number**3 for number in range(count)]
+    durations = {"small": [number**3 for number in range(count)], "large": [2**62 + n**3 for n in range(count)]}
     fill(
         db,
         [
             TaskMetric(
-                task_id=f"{agent}{duration}", agent_id=agent, duration_ms=duration + len(agent),
-                result=TaskResult.SUCCESS, timestamp=NOON,
+                task_id=f"{agent}{n}", agent_id=agent, duration_ms=duration, result=TaskResult.SUCCESS, timestamp=NOON
             )
-            for agent in ("a", "bb")
-            for duration in durations
+            for agent, of_agent in durations.items()
+            for n, duration in enumerate(of_agent)
         ],
-    )  # fmt: skip
+    )
 
-    for summary in (*db.summarize_agents(), db.summarize_tasks("a")):
+    for agent, summary in [
+        *((summary.agent_id, summary) for summary in db.summarize_agents()),
+        *((agent, db.summarize_tasks(agent)) for agent in durations),
+    ]:
         found = (summary.p50_ms, summary.p95_ms, summary.p99_ms)
-        expected = [duration + len(getattr(summary, "agent_id", "a")) for duration in durations]
-        assert found == tuple(percentile(expected, percent) for percent in (50, 95, 99))
+        assert found == tuple(percentile(durations[agent], percent) for percent in (50, 95, 99))
 
 
 def test_of_what_was_removed_meanwhile_there_is_no_series(path: Path) -> None:

@@ -293,6 +293,34 @@ def test_it_is_refused_while_somebody_reads_a_database_without_a_log(saved: Path
     assert agents(path) == ["after", "before"]
 
 
+@pytest.mark.parametrize("keep", [True, False])
+@pytest.mark.parametrize("mode", ["DELETE", "WAL"])
+def test_nobody_gets_at_a_database_from_when_it_is_kept_until_it_is_replaced(
+    mode: str, saved: Path, path: Path, *, keep: bool
+) -> None:
+    tried: list[str] = []
+
+    class Copy(sqlite3.Connection):
+        """Copies once others have tried to read and to write."""
+
+        def backup(self, target: sqlite3.Connection, **options: Any) -> None:
+            assert len(list(path.parent.glob("*.bak"))) == keep
+            for statement in ("SELECT * FROM agent_registry", "DELETE FROM agent_registry"):
+                locked = pytest.raises(sqlite3.OperationalError, match="database is locked")
+                with closing(sqlite3.connect(path, timeout=0)) as other, locked:
+                    other.execute(statement)
+                tried.append(statement)
+            super().backup(target, **options)
+
+    with closing(sqlite3.connect(path)) as raw:
+        assert raw.execute(f"PRAGMA journal_mode = {mode}").fetchone() == (mode.lower(),)
+    with closing(sqlite3.connect(saved, factory=Copy)) as copy:
+        _replace(copy, path, keep=keep, patience=0)
+
+    assert len(tried) == 2
+    assert agents(path) == ["before"]
+
+
 def test_it_waits_for_who_is_about_to_close(saved: Path, path: Path) -> None:
     raw = sqlite3.connect(path, check_same_thread=False)
     raw.execute("SELECT * FROM agent_registry").fetchall()
@@ -383,6 +411,18 @@ def test_a_database_whose_schema_is_no_text_is_replaced_and_kept(saved: Path, pa
     assert agents(path) == ["before"]
     assert done.kept is not None
     assert done.kept.read_bytes() == damaged
+
+
+def test_a_database_whose_first_page_is_malformed_is_replaced_and_kept(saved: Path, path: Path) -> None:
+    whole = path.read_bytes()
+    path.write_bytes(whole[:100] + b"\x55" * 3996 + whole[4096:])
+    with closing(sqlite3.connect(path)) as raw, pytest.raises(sqlite3.DatabaseError, match="malformed"):
+        raw.execute("SELECT * FROM sqlite_master")
+    done = restore_backup(saved, path, overwrite=True)
+
+    assert agents(path) == ["before"]
+    assert done.kept is not None
+    assert done.kept.read_bytes()[100:] == b"\x55" * 3996 + whole[4096:]
 
 
 def test_a_backup_that_is_damaged_or_none_is_refused_and_nothing_is_changed(
@@ -493,7 +533,12 @@ except StorageError as error:
 """
 
 
-def test_a_backup_in_a_folder_that_can_not_be_written_is_restored_unless_it_has_a_log_there(saved: Path) -> None:
+@pytest.mark.parametrize("mode", ["DELETE", "WAL"])
+def test_a_backup_in_a_folder_that_can_not_be_written_is_restored_unless_it_has_a_log_there(
+    mode: str, saved: Path
+) -> None:
+    with closing(sqlite3.connect(saved)) as raw:
+        assert raw.execute(f"PRAGMA journal_mode = {mode}").fetchone() == (mode.lower(),)
     with tempfile.TemporaryDirectory(dir="/tmp") as folder:
         shelf = Path(folder) / "place" / "shelf"
         shelf.mkdir(parents=True)
@@ -668,10 +713,11 @@ def test_what_is_half_written_may_be_read_by_nobody_who_may_not_read_the_whole(
         assert set(modes["tmp"]) | set(modes.get("bak", ())) <= {"0o600", "0o640"}
 
 
+@pytest.mark.parametrize("times", [100, 10_000])  # What fits into a buffer, and what does not.
 def test_what_is_kept_of_a_destroyed_file_is_flushed_before_that_is_emptied(
-    saved: Path, path: Path, monkeypatch: pytest.MonkeyPatch
+    times: int, saved: Path, path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rubbish = b"rubbish" * 10_000
+    rubbish = b"rubbish" * times
     path.write_bytes(rubbish)
     flushed: list[tuple[str, int]] = []
     fsync = os.fsync
@@ -772,7 +818,9 @@ def test_where_there_is_no_room_to_keep_a_database_it_stays_as_it_is(saved: Path
         db.store_memory("s", "semantic", "k", "x" * 2_000_000)
     before = files(tmp_path)
 
-    assert restored_without_room(saved, path).startswith(f"{path}: ")
+    said = restored_without_room(saved, path)
+    assert said.startswith(f"{path}: ")
+    assert "disk" in said
     assert files(tmp_path) == before
     assert agents(path) == ["after", "before"]
     with SwarmDB(path) as db:
