@@ -33,6 +33,7 @@ from moai_flow.memory import (
 from moai_flow.memory.models import TABLES, SchemaInfo, columns
 from moai_flow.memory.transfer import Progress, copy_database
 from postgres import Server
+from reliability.injecting import injecting
 
 MODELS = [model for model in TABLES if model is not SchemaInfo]
 NAMES = [str(model.__tablename__) for model in MODELS]
@@ -359,6 +360,27 @@ def test_numbers_that_the_target_itself_has_given_are_not_given_again(kind: str,
     assert target.store_agent_metric("a", "duration", 1) == 10
 
 
+def test_where_a_number_could_not_be_noted_the_targets_own_stays(
+    source: SwarmDB, new_url: Callable[[str], str]
+) -> None:
+    fill(source, 20)
+    raw_run(source, "DELETE FROM agent_metrics WHERE metric_id > 3")  # So that 23 has to be noted.
+    noting = 0
+    for _ in range(2):  # First to see which statement does it.
+        with injecting() as injector, SwarmDB(url=new_url("file")) as target:
+            fill(target, 9)
+            for name in NAMES:
+                raw_run(target, f"DELETE FROM {name}")
+            injector.arm(noting, sqlite3.OperationalError("disk I/O error"))
+            if not noting:
+                copy_database(source, target)
+                (noting,) = [n for n, sent in enumerate(injector.sent, 1) if "INSERT INTO sqlite_sequence" in sent]
+            else:
+                with pytest.raises(StorageError, match="disk I/O error"):
+                    copy_database(source, target)
+                assert target.store_agent_metric("a", "duration", 1) == 10
+
+
 def test_a_number_that_was_given_by_hand_counts_as_well(new: NewStore) -> None:
     source, target = new("server"), new("server")
     metric = AgentMetric(metric_id=41, agent_id="a", metric_type="duration", value=1)  # type: ignore[arg-type]
@@ -602,6 +624,21 @@ def test_what_a_killed_copy_still_commits_is_there_already(source: SwarmDB, new:
         report = copying.result()
 
     assert [table.already_there for table in report.tables if table.table == "agent_metrics"] == [1]
+
+
+def test_what_a_killed_copy_still_commits_is_not_welcome_to_another_one(source: SwarmDB, new: NewStore) -> None:
+    target = new("server")
+    plain = make_url(target._location.url).set(drivername="postgresql").render_as_string(hide_password=False)
+    with ThreadPoolExecutor(1) as pool, psycopg.connect(plain) as killed:
+        killed.execute("INSERT INTO agent_events VALUES (9, 'e', 'spawn', 'a', 't', now(), '{}', now())")
+        copying = pool.submit(copy_database, source, target)
+        while killed.execute("SELECT count(*) FROM pg_locks WHERE NOT granted").fetchone() == (0,):
+            assert not copying.done()
+        killed.commit()
+        with pytest.raises(InvalidInputError, match="without rows"):
+            copying.result()
+
+    assert counted(target) == {**dict.fromkeys(NAMES, 0), "agent_events": 1}
 
 
 def test_an_exception_between_two_batches_leaves_what_was_written(source: SwarmDB, new: NewStore) -> None:

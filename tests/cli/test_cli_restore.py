@@ -625,10 +625,12 @@ def test_what_is_kept_is_named_by_the_time_in_utc(
     assert begin <= moment <= end
 
 
-def test_of_a_database_without_tables_nothing_is_kept(saved: Path, path: Path) -> None:
-    path.unlink()
-    execute(path, "PRAGMA user_version = 1")
-    assert path.stat().st_size > 0
+@pytest.mark.parametrize("is_empty", [True, False])
+def test_of_a_database_without_tables_nothing_is_kept(saved: Path, path: Path, *, is_empty: bool) -> None:
+    os.truncate(path, 0)
+    if not is_empty:
+        execute(path, "PRAGMA user_version = 1")
+    assert (path.stat().st_size == 0) == is_empty
 
     assert restore_backup(saved, path, overwrite=True).kept is None
     assert files(path.parent) == ["saved.db", "swarm.db"]
