@@ -595,6 +595,14 @@ def test_buckets_before_1970_are_aligned_to_the_epoch_too(db: SwarmDB) -> None:
     assert found == [MetricBucket(EPOCH - 7 * DAY, 2, 1.0), MetricBucket(EPOCH, 1, 2.0)]
 
 
+def test_a_moment_of_the_year_1_is_in_the_bucket_that_began_before_it(db: SwarmDB) -> None:
+    first = datetime.min.replace(tzinfo=UTC)
+    db.store_task_metric("t", "a", 1, "success", timestamp=first + 1.5 * HOUR)
+
+    found = db.metric_series("duration_ms", bucket=HOUR, agg="count", since=first, until=first + 3 * HOUR)
+    assert found == [MetricBucket(first + n * HOUR, count, float(count)) for n, count in enumerate([0, 1, 0])]
+
+
 def test_buckets_are_whole_seconds_whatever_the_fraction(db: SwarmDB) -> None:
     second = timedelta(seconds=1)
     for number, fraction in enumerate([0, 1, 499_999, 500_000, 999_500, 999_999]):
