@@ -13,7 +13,7 @@ import time
 import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -23,7 +23,7 @@ from sqlalchemy.event import listen
 
 from moai_flow.memory import ClosedError, EventData, StorageError, SwarmDB, TransactionError
 from moai_flow.memory.connections import is_open_here
-from moai_flow.memory.forks import using
+from moai_flow.memory.forks import _uses, using
 from moai_flow.memory.restoring import restore_backup
 
 SPAWN = multiprocessing.get_context("spawn")
@@ -556,6 +556,26 @@ def test_a_fork_in_the_middle_of_a_restore_leaves_no_child_that_waits_for_ever(p
     with using(target):  # What a restore that takes long does, in another thread.
         in_threads(1, lambda _: fork_refused(target))
     assert forked(child) == 0
+
+
+@pytest.mark.parametrize("name", ["backup.db", "swarm.db"])
+def test_a_file_that_a_restore_has_in_use_at_a_fork_is_not_the_childs(name: str, path: Path, tmp_path: Path) -> None:
+    held = tmp_path / name
+    with SwarmDB(path) as db:
+        db.register_agent("a", "t")
+        db.backup(tmp_path / "backup.db")
+    with closing(sqlite3.connect(held, isolation_level=None)) as raw, ThreadPoolExecutor(1) as pool:
+        raw.execute("PRAGMA journal_mode = DELETE").fetchall()
+        raw.execute("BEGIN EXCLUSIVE")
+        restoring = pool.submit(restore_backup, tmp_path / "backup.db", path, overwrite=True, busy_timeout=60)
+        try:
+            while held not in {file for _, file, _ in tuple(_uses)}:
+                assert not restoring.done()
+            fork_refused(held)
+        finally:
+            raw.execute("ROLLBACK")
+            raw.close()
+            assert restoring.result().path == path
 
 
 def fork_refused(path: Path) -> None:

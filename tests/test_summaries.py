@@ -485,6 +485,75 @@ def test_a_sum_that_no_float_holds_is_infinite(db: SwarmDB, sign: int) -> None:
     assert bucket.value == sign * math.inf
 
 
+def test_floats_of_every_magnitude_are_added_up_to_their_last_bit(db: SwarmDB) -> None:
+    # Of each pair, only the last bits are left, and all bits where the two are one apart.
+    pairs = [
+        (value, left)
+        for exponent in range(-1074, 1024)
+        if exponent % 32 in (0, 1, 31) or exponent < -1020
+        for power in [math.ldexp(1.0, exponent)]
+        for value, left in (
+            (math.nextafter(power, math.inf), -power),
+            (power, -math.nextafter(power, 0)),
+            (power * 1.5, math.nextafter(power, math.inf)),
+        )
+        if value < math.inf and left
+    ]
+    largest = math.ldexp(math.nextafter(1, 0), 1024)
+    pairs += [(largest, -math.nextafter(largest, 0)), (-largest, 0.0), (math.nextafter(2.0**32, 0), 2.0**-1074)]
+    second = timedelta(seconds=1)
+    fill(
+        db,
+        (
+            AgentMetric(agent_id="a", metric_type=AgentMetricType.DURATION, value=value, timestamp=NOON + n * second)
+            for n, pair in enumerate(pairs)
+            for value in pair
+        ),
+    )
+
+    for agg in ("sum", "mean", "p50", "min", "max"):
+        found = db.metric_series(AgentMetricType.DURATION, bucket=second, agg=agg)
+        assert [bucket.value for bucket in found] == [AGGREGATES[agg](pair) for pair in pairs]
+
+
+def test_whole_numbers_of_every_magnitude_are_added_up_to_their_last_bit(db: SwarmDB) -> None:
+    values = [sign * 2**exponent + more for exponent in range(63) for sign in (1, -1) for more in (-1, 0, 1)]
+    durations = [LARGEST, -LARGEST - 1, *values]
+    fill(
+        db,
+        (
+            TaskMetric(task_id=str(n), agent_id="a", duration_ms=duration, result=TaskResult.SUCCESS, timestamp=NOON)
+            for n, duration in enumerate(durations)
+        ),
+    )
+
+    summary = db.summarize_tasks()
+    assert summary.mean_ms == -1 / len(durations)
+    assert (summary.max_ms, summary.p50_ms) == (LARGEST, percentile(durations, 50))
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 20, 21, 22, 100, 101, 102])
+def test_percentiles_of_any_number_of_values_are_what_plain_python_says(db: SwarmDB, count: int) -> None:
+    durations = {"small": [number**3 for number in range(count)], "large": [2**62 + n**3 for n in range(count)]}
+    fill(
+        db,
+        [
+            TaskMetric(
+                task_id=f"{agent}{n}", agent_id=agent, duration_ms=duration, result=TaskResult.SUCCESS, timestamp=NOON
+            )
+            for agent, of_agent in durations.items()
+            for n, duration in enumerate(of_agent)
+        ],
+    )
+
+    for agent, summary in [
+        *((summary.agent_id, summary) for summary in db.summarize_agents()),
+        *((agent, db.summarize_tasks(agent)) for agent in durations),
+    ]:
+        found = (summary.p50_ms, summary.p95_ms, summary.p99_ms)
+        assert found == tuple(percentile(durations[agent], percent) for percent in (50, 95, 99))
+
+
 def test_of_what_was_removed_meanwhile_there_is_no_series(path: Path) -> None:
     class Late(SwarmDB):
         """Adds up once the metrics are gone."""
@@ -524,6 +593,14 @@ def test_buckets_before_1970_are_aligned_to_the_epoch_too(db: SwarmDB) -> None:
 
     found = db.metric_series(AgentMetricType.DURATION, bucket=7 * DAY, agg="sum")
     assert found == [MetricBucket(EPOCH - 7 * DAY, 2, 1.0), MetricBucket(EPOCH, 1, 2.0)]
+
+
+def test_a_moment_of_the_year_1_is_in_the_bucket_that_began_before_it(db: SwarmDB) -> None:
+    first = datetime.min.replace(tzinfo=UTC)
+    db.store_task_metric("t", "a", 1, "success", timestamp=first + 1.5 * HOUR)
+
+    found = db.metric_series("duration_ms", bucket=HOUR, agg="count", since=first, until=first + 3 * HOUR)
+    assert found == [MetricBucket(first + n * HOUR, count, float(count)) for n, count in enumerate([0, 1, 0])]
 
 
 def test_buckets_are_whole_seconds_whatever_the_fraction(db: SwarmDB) -> None:

@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from datetime import UTC, datetime, timedelta
 from hashlib import sha256
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from moai_flow.memory import (
 from moai_flow.memory.models import TABLES, SchemaInfo, columns
 from moai_flow.memory.transfer import Progress, copy_database
 from postgres import Server
+from reliability.injecting import injecting
 
 MODELS = [model for model in TABLES if model is not SchemaInfo]
 NAMES = [str(model.__tablename__) for model in MODELS]
@@ -293,6 +295,19 @@ def test_times_of_another_program_are_copied_as_the_moments_that_they_mean(sourc
     assert copy_database(source, server, resume=True).tables[3].already_there == 6
 
 
+def test_the_checksum_of_many_rows_is_the_sum_of_theirs(path: Path, new: NewStore) -> None:
+    total = 0
+    with SwarmDB(path) as source:
+        while total < 2**256 or total % 2**256 < 2**255:  # So that all bits of the checksum count.
+            source.register_agent(f"a-{total}", "t")
+            rows = file_run(path, "SELECT * FROM agent_registry")
+            shown = [json.dumps((*row[:-1], row[-1].replace("+00:00", "Z")), separators=(",", ":")) for row in rows]
+            total = sum(int.from_bytes(sha256(row.encode()).digest()) for row in shown)
+        report = copy_database(source, new("server"))
+
+    assert report.tables[1].checksum == f"{total % 2**256:064x}"
+
+
 def test_the_checksum_is_what_it_is_said_to_be(source: SwarmDB, new: NewStore) -> None:
     report = copy_database(source, new("server"))
     ((*row,),) = file_run(source.db_path, "SELECT * FROM agent_registry WHERE agent_id = 'a-0'")
@@ -324,6 +339,16 @@ def test_no_number_that_the_source_has_given_is_given_again(kind: str, other: st
 
 
 @pytest.mark.parametrize(("kind", "other"), WAYS)
+def test_nor_is_the_first_one_but_where_none_was_given_it_is(kind: str, other: str, new: NewStore) -> None:
+    source, target = new(kind), new(other)
+    source.store_agent_metric("a", "duration", 1)
+    copy_database(source, target)
+
+    assert target.store_agent_metric("a", "duration", 1) == 2
+    assert target.store_swarm_metric("w", "health", 1) == 1
+
+
+@pytest.mark.parametrize(("kind", "other"), WAYS)
 def test_numbers_that_the_target_itself_has_given_are_not_given_again(kind: str, other: str, new: NewStore) -> None:
     source, target = new(kind), new(other)
     fill(source, 2)
@@ -333,6 +358,27 @@ def test_numbers_that_the_target_itself_has_given_are_not_given_again(kind: str,
     copy_database(source, target)
 
     assert target.store_agent_metric("a", "duration", 1) == 10
+
+
+def test_where_a_number_could_not_be_noted_the_targets_own_stays(
+    source: SwarmDB, new_url: Callable[[str], str]
+) -> None:
+    fill(source, 20)
+    raw_run(source, "DELETE FROM agent_metrics WHERE metric_id > 3")  # So that 23 has to be noted.
+    noting = 0
+    for _ in range(2):  # First to see which statement does it.
+        with injecting() as injector, SwarmDB(url=new_url("file")) as target:
+            fill(target, 9)
+            for name in NAMES:
+                raw_run(target, f"DELETE FROM {name}")
+            injector.arm(noting, sqlite3.OperationalError("disk I/O error"))
+            if not noting:
+                copy_database(source, target)
+                (noting,) = [n for n, sent in enumerate(injector.sent, 1) if "INSERT INTO sqlite_sequence" in sent]
+            else:
+                with pytest.raises(StorageError, match="disk I/O error"):
+                    copy_database(source, target)
+                assert target.store_agent_metric("a", "duration", 1) == 10
 
 
 def test_a_number_that_was_given_by_hand_counts_as_well(new: NewStore) -> None:
@@ -411,6 +457,36 @@ def test_a_row_of_the_target_that_was_changed_is_found(
     assert retention(target) == "off"
 
 
+@pytest.mark.parametrize(
+    ("kind", "was", "became"),
+    [("file", "9e999", "-9e999"), ("server", "'Infinity'", "'-Infinity'"), ("server", "'Infinity'", "'NaN'")],
+)
+def test_a_figure_that_is_not_finite_is_not_taken_for_another_one(
+    kind: str, was: str, became: str, new: NewStore
+) -> None:
+    source, target = new(kind), new(kind)
+    fill(source, 1)
+    raw_run(source, f"UPDATE agent_metrics SET value = {was}")
+    copy_database(source, target)
+    raw_run(target, f"UPDATE agent_metrics SET value = {became}")
+    with pytest.raises(StorageError, match="not hold the same as the source in agent_metrics"):
+        copy_database(source, target, resume=True)
+
+
+def test_every_table_that_is_not_the_same_is_named_and_no_other(source: SwarmDB, new: NewStore) -> None:
+    target = new("file")
+    copy_database(source, target)
+    raw_run(target, "DELETE FROM session_memory WHERE id = 1")
+    raw_run(target, "UPDATE swarm_metrics SET value = 5 WHERE metric_id = 1")
+    with pytest.raises(StorageError, match="not hold the same") as caught:
+        copy_database(source, target, resume=True)
+
+    said = str(caught.value)
+    assert said.startswith(f"{target.db_path}: ")
+    assert [name for name in NAMES if f"{name} (source: 3 rows" in said] == ["session_memory", "swarm_metrics"]
+    assert "target: 2 rows" in said
+
+
 def test_a_row_of_the_source_that_has_changed_since_is_found(source: SwarmDB, new: NewStore) -> None:
     target = new("server")
     copy_database(source, target)
@@ -423,10 +499,32 @@ def test_rows_that_are_in_the_way_are_named(source: SwarmDB, new: NewStore) -> N
     target = new("server")
     source.insert_event(EVENT, event_id="taken")
     target.insert_event(EVENT, event_id="taken")
-    with pytest.raises(ConflictError, match=r"(?s)taken.*row of agent_events with id=4, and nothing of its batch"):
+    with pytest.raises(
+        ConflictError, match=r"(?s)taken.*row of agent_events with id=4, and nothing of its batch"
+    ) as caught:
         copy_database(source, target, resume=True)
 
     assert counted(target)["agent_events"] == 1
+    cause = caught.value.__cause__
+    assert isinstance(cause, ConflictError)
+    assert isinstance(cause.__cause__, psycopg.errors.UniqueViolation)
+
+
+@pytest.mark.parametrize("kind", ["file", "server"])
+def test_it_is_the_row_itself_wherever_in_its_batch_it_is(kind: str, path: Path, new: NewStore) -> None:
+    target = new(kind)
+    target.insert_event(EVENT)
+    raw_run(target, "UPDATE agent_events SET id = -1")  # Before all others, which are all to be copied.
+    with SwarmDB(path) as source:
+        for number in range(1, 9):
+            source.insert_event(EVENT, event_id=f"e-{number}")
+        for number in range(1, 9):
+            for size in (8, 5, 1):
+                raw_run(target, "DELETE FROM agent_events WHERE id > 0")
+                raw_run(target, f"UPDATE agent_events SET event_id = 'e-{number}'")
+                with pytest.raises(ConflictError, match=rf"row of agent_events with id={number}, and"):
+                    copy_database(source, target, batch_size=size, resume=True)
+                assert counted(target)["agent_events"] == 1 + (number - 1) // size * size
 
 
 # Interruptions
@@ -489,6 +587,27 @@ def test_what_a_killed_copy_has_under_way_is_waited_for(source: SwarmDB, new: Ne
     assert answers(target) == answers(source)
 
 
+@pytest.mark.parametrize("table", NAMES)
+def test_it_is_waited_for_whichever_table_it_is_in(table: str, source: SwarmDB, new: NewStore) -> None:
+    url = new("server")._location.url
+    plain = make_url(url).set(drivername="postgresql").render_as_string(hide_password=False)
+    with SwarmDB(url=url, busy_timeout=0.05) as impatient, psycopg.connect(plain) as killed:
+        killed.execute(f"LOCK TABLE {table} IN ROW EXCLUSIVE MODE".encode())  # As every writer does.
+        with pytest.raises(BusyError, match="busy timeout"):
+            copy_database(source, impatient)
+
+
+def test_who_only_reads_the_target_is_not_waited_for(source: SwarmDB, new: NewStore) -> None:
+    url = new("server")._location.url
+    plain = make_url(url).set(drivername="postgresql").render_as_string(hide_password=False)
+    with SwarmDB(url=url, busy_timeout=0.2) as impatient, psycopg.connect(plain) as reader:
+        for name in NAMES:
+            reader.execute(f"SELECT * FROM {name}".encode())
+        copy_database(source, impatient)
+
+        assert answers(impatient) == answers(source)
+
+
 def test_what_a_killed_copy_still_commits_is_there_already(source: SwarmDB, new: NewStore) -> None:
     target = new("server")
     plain = make_url(target._location.url).set(drivername="postgresql").render_as_string(hide_password=False)
@@ -507,6 +626,21 @@ def test_what_a_killed_copy_still_commits_is_there_already(source: SwarmDB, new:
     assert [table.already_there for table in report.tables if table.table == "agent_metrics"] == [1]
 
 
+def test_what_a_killed_copy_still_commits_is_not_welcome_to_another_one(source: SwarmDB, new: NewStore) -> None:
+    target = new("server")
+    plain = make_url(target._location.url).set(drivername="postgresql").render_as_string(hide_password=False)
+    with ThreadPoolExecutor(1) as pool, psycopg.connect(plain) as killed:
+        killed.execute("INSERT INTO agent_events VALUES (9, 'e', 'spawn', 'a', 't', now(), '{}', now())")
+        copying = pool.submit(copy_database, source, target)
+        while killed.execute("SELECT count(*) FROM pg_locks WHERE NOT granted").fetchone() == (0,):
+            assert not copying.done()
+        killed.commit()
+        with pytest.raises(InvalidInputError, match="without rows"):
+            copying.result()
+
+    assert counted(target) == {**dict.fromkeys(NAMES, 0), "agent_events": 1}
+
+
 def test_an_exception_between_two_batches_leaves_what_was_written(source: SwarmDB, new: NewStore) -> None:
     target = new("file")
 
@@ -522,6 +656,30 @@ def test_an_exception_between_two_batches_leaves_what_was_written(source: SwarmD
     assert answers(target) == answers(source)
 
 
+def interrupting_after(number: int) -> Callable[[Progress], None]:
+    """Return what ends a copy after so many batches."""
+    batches = count(1)
+
+    def interrupt(step: Progress) -> None:
+        if next(batches) == number:
+            raise KeyboardInterrupt
+
+    return interrupt
+
+
+@pytest.mark.parametrize("kind", ["file", "server"])
+def test_a_copy_can_be_gone_on_with_after_every_row(kind: str, hostile: SwarmDB, new: NewStore) -> None:
+    target = new(kind)
+    for number in range(1, sum(map(len, INSERTS.values())) + 1):
+        with pytest.raises(KeyboardInterrupt):
+            copy_database(hostile, target, resume=True, batch_size=1, progress=interrupting_after(number))
+        assert sum(counted(target).values()) == number
+    report = copy_database(hostile, target, resume=True)
+
+    assert [table.already_there for table in report.tables] == [table.rows for table in report.tables]
+    assert answers(target) == answers(hostile)
+
+
 def test_a_target_that_another_program_keeps_is_waited_for_no_longer_than_it_says(
     source: SwarmDB, tmp_path: Path
 ) -> None:
@@ -532,8 +690,9 @@ def test_a_target_that_another_program_keeps_is_waited_for_no_longer_than_it_say
                 if step[:3] == ("copy", "agent_registry", 2):
                     other.execute("BEGIN IMMEDIATE")
 
-            with pytest.raises(BusyError, match="busy timeout"):
+            with pytest.raises(BusyError, match="busy timeout") as caught:
                 copy_database(source, target, batch_size=2, progress=keep)
+            assert "row" not in str(caught.value)  # None of them is to blame.
         copy_database(source, target, resume=True)
 
         assert answers(target) == answers(source)
@@ -559,6 +718,39 @@ def test_writers_on_the_source_do_no_harm(kind: str, other: str, new: NewStore) 
 
     assert [table.rows for table in report.tables] == [30] * len(NAMES)
     assert answers(target) == before != answers(source)
+
+
+@pytest.mark.parametrize("kind", ["file", "server"])
+def test_who_writes_to_the_target_while_it_is_verified_is_neither_held_up_nor_counted(
+    kind: str, source: SwarmDB, new: NewStore
+) -> None:
+    target = new(kind)
+    with SwarmDB(url=target._location.url, busy_timeout=0.2) as writer:
+
+        def write(step: Progress) -> None:
+            if step.activity == "verify":
+                for _ in range(3):
+                    writer.insert_event(EVENT)
+                    writer.store_swarm_metric("w", "health", 1)
+
+        report = copy_database(source, target, batch_size=2, progress=write)
+
+    assert [table.rows for table in report.tables] == [3] * len(NAMES)
+    assert counted(target)["swarm_metrics"] > 3
+
+
+def test_one_database_is_copied_into_two_at_once(new: NewStore) -> None:
+    source, target, other_target = new("server"), new("server"), new("server")
+    fill(source)
+    with SwarmDB(url=source._location.url, busy_timeout=0.2) as again:
+
+        def copy_as_well(step: Progress) -> None:
+            if step[:3] == ("copy", "agent_events", 3):
+                copy_database(again, other_target)
+
+        copy_database(source, target, progress=copy_as_well)
+
+    assert answers(target) == answers(other_target) == answers(source)
 
 
 # Rows that can't be copied
@@ -718,6 +910,14 @@ def test_a_transaction_that_is_open_is_not_joined(source: SwarmDB, new: NewStore
     assert counted(target) == dict.fromkeys(NAMES, 0)
 
 
+def test_a_batch_has_5000_rows_unless_it_is_given_another_size(source: SwarmDB, new: NewStore) -> None:
+    source.insert_events([EVENT] * 4998)
+    steps: list[Progress] = []
+    copy_database(source, new("file"), progress=steps.append)
+
+    assert [step.done for step in steps if step.table == "agent_events"] == [5000, 5001] * 2
+
+
 def test_a_batch_has_a_row_at_least(source: SwarmDB, new: NewStore) -> None:
     for size in (0, -1, 2.5):
         with pytest.raises(InvalidInputError, match="batch_size"):
@@ -751,3 +951,17 @@ def test_the_mark_of_retention_is_the_sources_in_the_end_and_off_until_then(
     assert meanwhile == {"off"}
     assert retention(target) == (mark or "off")
     assert target.schema_version == source.schema_version
+
+
+@pytest.mark.parametrize("kind", ["file", "server"])
+def test_the_mark_of_retention_is_that_which_the_source_had_at_the_beginning(kind: str, new: NewStore) -> None:
+    source, target = new(kind), new("file")
+    fill(source)
+    with SwarmDB(url=source._location.url) as other:
+
+        def set_off(step: Progress) -> None:
+            raw_run(other, "UPDATE schema_info SET value = 'off' WHERE key = 'retention'")
+
+        copy_database(source, target, progress=set_off)
+
+    assert (retention(source), retention(target)) == ("off", "default")

@@ -76,6 +76,17 @@ def test_a_target_with_rows_is_only_taken_to_go_on(swarmdb: Command, store: Path
     assert [(table["copied"], table["already_there"]) for table in tables[:2]] == [(1, 3), (0, 2)]
 
 
+def test_what_was_gone_on_with_is_shown_with_how_many_rows_are_new(swarmdb: Command, store: Path) -> None:
+    swarmdb("copy", store, "copy.db")
+    with SwarmDB(store) as db:
+        db.insert_event(EVENT)
+    ran = swarmdb("copy", store, "copy.db", "--continue")
+
+    assert re.search(r"table +rows +new +checksum", ran.out)
+    assert re.search(r"agent_events +4 +1 +[0-9a-f]{36}", ran.out)
+    assert re.search(r"agent_registry +2 +0 +[0-9a-f]{36}", ran.out)
+
+
 def test_a_copy_that_does_not_hold_the_same_ends_with_1(swarmdb: Command, store: Path) -> None:
     assert swarmdb("copy", store, "copy.db").status == 0
     with closing(sqlite3.connect("copy.db")) as connection, connection:
@@ -178,9 +189,10 @@ def test_an_interrupt_says_how_to_go_on(swarmdb: Command, store: Path, monkeypat
 
 
 def test_a_terminal_shows_progress_and_standard_output_only_the_answer(store: Path, tmp_path: Path) -> None:
-    progress, answer = on_terminal([*COPY, str(store), "copy.db"], tmp_path)
+    progress, answer = on_terminal([*COPY, str(store), "copy.db", "--batch-size", "2"], tmp_path)
 
     for words in (b"copy agent_events", b"verify task_metrics", b"3/3"):
         assert words in progress
         assert words not in answer
+    assert b"5/3" not in progress  # As it would be if what is done were added to what was.
     assert answer.startswith(b"Copied and verified")

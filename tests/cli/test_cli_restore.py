@@ -14,6 +14,7 @@ import threading
 import time
 from collections import Counter
 from contextlib import closing
+from datetime import UTC, datetime
 from multiprocessing.synchronize import Event
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ import pytest
 from cli.running import Command, execute
 from moai_flow.memory import BusyError, EventData, InvalidInputError, SchemaError, StorageError, SwarmDB
 from moai_flow.memory.cli import app
-from moai_flow.memory.restoring import _copy_all, _replace, restore_backup
+from moai_flow.memory.restoring import _copy_all, _is_of_writing, _reading, _replace, restore_backup
 
 SPAWN = multiprocessing.get_context("spawn")
 DEAD = """
@@ -292,6 +293,34 @@ def test_it_is_refused_while_somebody_reads_a_database_without_a_log(saved: Path
     assert agents(path) == ["after", "before"]
 
 
+@pytest.mark.parametrize("keep", [True, False])
+@pytest.mark.parametrize("mode", ["DELETE", "WAL"])
+def test_nobody_gets_at_a_database_from_when_it_is_kept_until_it_is_replaced(
+    mode: str, saved: Path, path: Path, *, keep: bool
+) -> None:
+    tried: list[str] = []
+
+    class Copy(sqlite3.Connection):
+        """Copies once others have tried to read and to write."""
+
+        def backup(self, target: sqlite3.Connection, **options: Any) -> None:
+            assert len(list(path.parent.glob("*.bak"))) == keep
+            for statement in ("SELECT * FROM agent_registry", "DELETE FROM agent_registry"):
+                locked = pytest.raises(sqlite3.OperationalError, match="database is locked")
+                with closing(sqlite3.connect(path, timeout=0)) as other, locked:
+                    other.execute(statement)
+                tried.append(statement)
+            super().backup(target, **options)
+
+    with closing(sqlite3.connect(path)) as raw:
+        assert raw.execute(f"PRAGMA journal_mode = {mode}").fetchone() == (mode.lower(),)
+    with closing(sqlite3.connect(saved, factory=Copy)) as copy:
+        _replace(copy, path, keep=keep, patience=0)
+
+    assert len(tried) == 2
+    assert agents(path) == ["before"]
+
+
 def test_it_waits_for_who_is_about_to_close(saved: Path, path: Path) -> None:
     raw = sqlite3.connect(path, check_same_thread=False)
     raw.execute("SELECT * FROM agent_registry").fetchall()
@@ -382,6 +411,18 @@ def test_a_database_whose_schema_is_no_text_is_replaced_and_kept(saved: Path, pa
     assert agents(path) == ["before"]
     assert done.kept is not None
     assert done.kept.read_bytes() == damaged
+
+
+def test_a_database_whose_first_page_is_malformed_is_replaced_and_kept(saved: Path, path: Path) -> None:
+    whole = path.read_bytes()
+    path.write_bytes(whole[:100] + b"\x55" * 3996 + whole[4096:])
+    with closing(sqlite3.connect(path)) as raw, pytest.raises(sqlite3.DatabaseError, match="malformed"):
+        raw.execute("SELECT * FROM sqlite_master")
+    done = restore_backup(saved, path, overwrite=True)
+
+    assert agents(path) == ["before"]
+    assert done.kept is not None
+    assert done.kept.read_bytes()[100:] == b"\x55" * 3996 + whole[4096:]
 
 
 def test_a_backup_that_is_damaged_or_none_is_refused_and_nothing_is_changed(
@@ -492,7 +533,12 @@ except StorageError as error:
 """
 
 
-def test_a_backup_in_a_folder_that_can_not_be_written_is_restored_unless_it_has_a_log_there(saved: Path) -> None:
+@pytest.mark.parametrize("mode", ["DELETE", "WAL"])
+def test_a_backup_in_a_folder_that_can_not_be_written_is_restored_unless_it_has_a_log_there(
+    mode: str, saved: Path
+) -> None:
+    with closing(sqlite3.connect(saved)) as raw:
+        assert raw.execute(f"PRAGMA journal_mode = {mode}").fetchone() == (mode.lower(),)
     with tempfile.TemporaryDirectory(dir="/tmp") as folder:
         shelf = Path(folder) / "place" / "shelf"
         shelf.mkdir(parents=True)
@@ -532,6 +578,82 @@ def test_what_belongs_to_the_backup_or_the_database_is_not_the_other_one(ending:
 
     assert oddly_named.read_bytes() == whole
     assert files(path.parent) == sorted(["saved.db", "swarm.db", oddly_named.name])
+
+
+def test_who_has_no_patience_restores_what_nobody_uses(saved: Path, path: Path) -> None:
+    restore_backup(saved, path, overwrite=True, busy_timeout=0)
+
+    assert agents(path) == ["before"]
+
+
+def test_a_backup_is_waited_for_as_long_as_was_said(saved: Path) -> None:
+    for patience in (0, 0.25, 3600):
+        with closing(_reading(saved, patience)) as raw:
+            assert raw.execute("PRAGMA busy_timeout").fetchone() == (patience * 1000,)
+
+
+def test_a_backup_that_has_a_log_is_restored_as_a_file_that_needs_none_to_be_read(saved: Path, path: Path) -> None:
+    with closing(sqlite3.connect(saved)) as raw:
+        assert raw.execute("PRAGMA journal_mode = WAL").fetchone() == ("wal",)
+    restore_backup(saved, path, overwrite=True)
+    with closing(sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True)) as raw:
+        assert raw.execute("PRAGMA journal_mode").fetchone() == ("delete",)
+        assert raw.execute("SELECT agent_id FROM agent_registry").fetchall() == [("before",)]
+
+    assert saved.read_bytes()[18:20] == b"\2\2"  # Which is how SQLite notes that there may be one.
+    assert files(path.parent)[:2] == ["saved.db", "swarm.db"]
+
+
+@pytest.mark.parametrize("content", [None, b"rubbish" * 1000], ids=["sound", "destroyed"])
+def test_what_is_kept_is_named_by_the_time_in_utc(
+    content: bytes | None, saved: Path, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if content is not None:
+        path.write_bytes(content)
+    monkeypatch.setenv("TZ", "Pacific/Kiritimati")  # Where it is tomorrow, mostly.
+    time.tzset()
+    try:
+        begin = datetime.now(UTC)
+        kept = restore_backup(saved, path, overwrite=True).kept
+        end = datetime.now(UTC)
+    finally:
+        monkeypatch.undo()
+        time.tzset()
+    assert kept is not None
+    moment = datetime.strptime(kept.name, "swarm.db.%Y%m%d-%H%M%S-%f.bak").replace(tzinfo=UTC)
+
+    assert begin <= moment <= end
+
+
+@pytest.mark.parametrize("is_empty", [True, False])
+def test_of_a_database_without_tables_nothing_is_kept(saved: Path, path: Path, *, is_empty: bool) -> None:
+    os.truncate(path, 0)
+    if not is_empty:
+        execute(path, "PRAGMA user_version = 1")
+    assert (path.stat().st_size == 0) == is_empty
+
+    assert restore_backup(saved, path, overwrite=True).kept is None
+    assert files(path.parent) == ["saved.db", "swarm.db"]
+    assert agents(path) == ["before"]
+
+
+@pytest.mark.parametrize(
+    ("name", "is_of_writing"),
+    [
+        ("SQLITE_FULL", True),
+        ("SQLITE_IOERR_WRITE", True),
+        ("SQLITE_IOERR_FSYNC", True),
+        ("SQLITE_IOERR_READ", False),
+        ("SQLITE_IOERR_SHORT_READ", False),
+        ("SQLITE_CORRUPT", False),
+        ("SQLITE_NOTADB", False),
+    ],
+)
+def test_an_error_is_that_of_the_file_that_was_written_or_of_the_backup(name: str, *, is_of_writing: bool) -> None:
+    error = sqlite3.OperationalError(name)
+    error.sqlite_errorcode = getattr(sqlite3, name)
+
+    assert _is_of_writing(error) == is_of_writing
 
 
 def test_a_link_to_the_database_stays_one(saved: Path, path: Path, tmp_path: Path) -> None:
@@ -593,10 +715,11 @@ def test_what_is_half_written_may_be_read_by_nobody_who_may_not_read_the_whole(
         assert set(modes["tmp"]) | set(modes.get("bak", ())) <= {"0o600", "0o640"}
 
 
+@pytest.mark.parametrize("times", [100, 10_000])  # What fits into a buffer, and what does not.
 def test_what_is_kept_of_a_destroyed_file_is_flushed_before_that_is_emptied(
-    saved: Path, path: Path, monkeypatch: pytest.MonkeyPatch
+    times: int, saved: Path, path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rubbish = b"rubbish" * 10_000
+    rubbish = b"rubbish" * times
     path.write_bytes(rubbish)
     flushed: list[tuple[str, int]] = []
     fsync = os.fsync
@@ -697,7 +820,9 @@ def test_where_there_is_no_room_to_keep_a_database_it_stays_as_it_is(saved: Path
         db.store_memory("s", "semantic", "k", "x" * 2_000_000)
     before = files(tmp_path)
 
-    assert restored_without_room(saved, path).startswith(f"{path}: ")
+    said = restored_without_room(saved, path)
+    assert said.startswith(f"{path}: ")
+    assert "disk" in said
     assert files(tmp_path) == before
     assert agents(path) == ["after", "before"]
     with SwarmDB(path) as db:

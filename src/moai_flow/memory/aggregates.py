@@ -46,8 +46,8 @@ def whole_number(number: int) -> ColumnElement[int]:
 
 
 def how_many(condition: ColumnElement[bool]) -> ColumnElement[int]:
-    """Return the number of rows of which *condition* is true."""
-    return func.coalesce(func.sum(case((condition, whole_number(1)), else_=whole_number(0))), whole_number(0))
+    """Return the number of rows of a group of which *condition* is true."""
+    return func.sum(case((condition, whole_number(1)), else_=whole_number(0)))
 
 
 # Values that a column can't hold
