@@ -225,6 +225,17 @@ def test_check_says_which_rows_it_could_not_move_and_why(swarmdb: Command, store
     assert kept == [{"table": "agent_events", "reason": "a row of notes refers to it", "rows": 1}]
 
 
+def test_check_tells_of_a_table_that_is_lost(swarmdb: Command, store: Path) -> None:
+    execute(store, "DROP TABLE swarm_metrics")
+    ran = swarmdb("check", "--db", store)
+
+    assert (ran.status, ran.err) == (1, "")
+    assert "Tables that can't be used" in ran.out
+    assert " swarm_metrics " in ran.out
+    (fault,) = json.loads(swarmdb("check", "--db", store, "--json").out)["tables"]
+    assert fault["table"] == "swarm_metrics"
+
+
 def test_check_tells_whether_sqlite_has_a_known_bug(
     swarmdb: Command, store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -241,6 +252,28 @@ def test_migrate_tells_what_is_due_and_does_it(swarmdb: Command, postgres_url: s
 
     assert swarmdb("migrate", "--db", postgres_url).status == 0
     assert swarmdb("migrate", "--check", "--db", postgres_url).status == 0
+
+
+@pytest.mark.parametrize(
+    ("version", "said"),
+    [
+        ("2.0.0", f"has schema 2.0.0, and {VERSION} is due: run swarmdb migrate"),
+        ("3.0.0", f"its schema version is 3.0.0, and this package knows {VERSION} at most; upgrade moai-flow-memory"),
+        ("soon", "its schema version is 'soon', which is none of SwarmDB's"),
+    ],
+)
+def test_migrate_tells_another_version_and_whether_it_can_do_something_about_it(
+    swarmdb: Command, shared_url: str, version: str, said: str
+) -> None:
+    with SwarmDB(url=shared_url) as db:
+        with db.transaction() as raw:
+            raw.execute(f"UPDATE schema_info SET value = '{version}' WHERE key = 'version'")
+        ran = swarmdb("migrate", "--check", "--db", shared_url)
+
+        assert (ran.status, ran.out) == (1, "")
+        assert said in ran.err
+        assert ran.err.count("\n") == 1
+        assert db.schema_version == version
 
 
 def test_the_sql_of_migrate_makes_what_opening_makes(swarmdb: Command, postgres_server: Server) -> None:

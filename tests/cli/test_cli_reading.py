@@ -49,6 +49,14 @@ def test_status_counts_everything(swarmdb: Command, store: Path) -> None:
     assert status["newest_event"] == "2025-11-03T12:00:00+00:00"
 
 
+def test_status_tells_how_large_the_log_is(swarmdb: Command, path: Path) -> None:
+    with SwarmDB(path) as db:
+        db.store_memory("s", "semantic", "k", "x" * 100_000)
+        status = swarmdb("status", "--db", path, "--json").json
+
+        assert status["wal_bytes"] == path.with_name("swarm.db-wal").stat().st_size > 100_000
+
+
 def test_status_of_an_empty_store(swarmdb: Command, path: Path) -> None:
     SwarmDB(path).close()
     status = swarmdb("status", "--db", path, "--json").json
