@@ -50,6 +50,9 @@ def test_cleanup_removes_what_is_old(swarmdb: Command, store: Path) -> None:
     assert out.startswith("Would be removed")
     assert len(swarmdb("events", "--db", store, "--json").json) == 4
 
+    everything = swarmdb("cleanup", "--days", "0", "--dry-run", "--db", store, "--json").json
+    assert removed(everything)["agent_events"] == 4
+
     done = swarmdb("cleanup", "--days", "1", "--db", store, "--json").json
     assert done == {**done, "dry_run": False}
     assert removed(done) == removed(tried)
@@ -83,6 +86,18 @@ def test_cleanup_keeps_what_the_database_keeps_unless_told_otherwise(swarmdb: Co
             {
                 "events": 90.0,
                 "memory": None,
+                "task_metrics": 30.0,
+                "agent_metrics": 30.0,
+                "swarm_metrics": 30.0,
+                "agents": None,
+            },
+        ),
+        (
+            RetentionPolicy(events=timedelta(hours=36), memory=timedelta(0)),
+            "retention       events: 1.5 days; memory: 0 days; task metrics: 30 days; ",
+            {
+                "events": 1.5,
+                "memory": 0.0,
                 "task_metrics": 30.0,
                 "agent_metrics": 30.0,
                 "swarm_metrics": 30.0,

@@ -98,6 +98,32 @@ def test_agents_are_those_of_the_window_in_the_order_asked_for(
     assert [agent["agent_id"] for agent in answer["agents"]] == agents
 
 
+@pytest.mark.parametrize(
+    ("column", "agents"),
+    [
+        ("tasks", "dabc"),
+        ("mean", "acbd"),
+        ("p50", "acdb"),
+        ("p95", "cbad"),
+        ("p99", "bcad"),
+        ("max", "dbca"),
+    ],
+)
+def test_each_column_has_its_own_order(column: str, agents: str, swarmdb: Command, path: Path) -> None:
+    durations = {"a": [100] * 10, "b": [1] * 9 + [500], "c": [10] * 8 + [300] * 2, "d": [5] * 99 + [1000]}
+    with SwarmDB(path) as db:
+        for agent, measured in durations.items():
+            db.store_task_metrics(
+                {"task_id": f"{agent}-{number}", "agent_id": agent, "duration_ms": duration, "result": "success"}
+                for number, duration in enumerate(measured)
+            )
+    answer = swarmdb("metrics", "--by", column, "--db", path, "--json").json
+
+    assert "".join(agent["agent_id"] for agent in answer["agents"]) == agents
+    shown = swarmdb("metrics", "--by", column, "--db", path).out.partition(f"Agents, most {column} first")[2]
+    assert [line.split()[0] for line in shown.splitlines()[3:7]] == list(agents)
+
+
 def test_how_many_agents_are_not_shown_is_said(swarmdb: Command, measured: str) -> None:
     assert "\nand 2 more;" in swarmdb("metrics", "--db", measured, "--limit", "1").out
     assert " more;" not in swarmdb("metrics", "--db", measured, "--limit", "3").out
