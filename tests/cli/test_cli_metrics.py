@@ -129,6 +129,19 @@ def test_how_many_agents_are_not_shown_is_said(swarmdb: Command, measured: str) 
     assert " more;" not in swarmdb("metrics", "--db", measured, "--limit", "3").out
 
 
+def test_twenty_agents_are_shown_unless_another_number_is_asked_for(swarmdb: Command, path: Path) -> None:
+    with SwarmDB(path) as db:
+        for number in range(25):
+            db.store_task_metric("t", f"a-{number:02}", 1, "success")
+
+    assert len(swarmdb("metrics", "--db", path, "--json").json["agents"]) == 20
+    shown = swarmdb("metrics", "--db", path).out
+    assert "a-19" in shown
+    assert "a-20" not in shown
+    assert "\nand 5 more;" in shown
+    assert swarmdb("metrics", "--db", path, "--limit=-1").status == 2
+
+
 def test_one_agents_metrics(swarmdb: Command, measured: str) -> None:
     ran = swarmdb("metrics", "--db", measured, "--agent", "reviewer")
 
