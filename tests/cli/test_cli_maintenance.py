@@ -150,7 +150,9 @@ def test_a_backup_replaces_a_file_only_if_asked_to(swarmdb: Command, store: Path
     copy = tmp_path / "copy.db"
     copy.write_text("precious")
 
-    assert swarmdb("backup", copy, "--db", store).status == 1
+    refused = swarmdb("backup", copy, "--db", store)
+    assert (refused.status, refused.out) == (1, "")
+    assert refused.err == f"swarmdb: {copy} exists; --overwrite replaces it\n"
     assert copy.read_text() == "precious"
 
     ran = swarmdb("backup", copy, "--overwrite", "--db", store, "--json")
