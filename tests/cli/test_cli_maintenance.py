@@ -159,6 +159,19 @@ def test_a_backup_replaces_a_file_only_if_asked_to(swarmdb: Command, store: Path
     assert ran.json == {"path": str(copy), "size_bytes": copy.stat().st_size}
 
 
+def test_a_servers_database_is_not_backed_up_whatever_the_path(
+    swarmdb: Command, tmp_path: Path, postgres_url: str
+) -> None:
+    SwarmDB(url=postgres_url).close()
+    (tmp_path / "there.db").write_text("precious")
+    for name in ("there.db", "new.db"):
+        ran = swarmdb("backup", name, "--db", postgres_url)
+
+        assert (ran.status, ran.out) == (1, "")
+        assert ran.err.endswith("a server's database is copied by pg_dump\n")
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("there.db", "precious")]
+
+
 def test_check_of_a_sound_database(swarmdb: Command, store: Path) -> None:
     report = swarmdb("check", "--db", store, "--json").json
 
