@@ -126,7 +126,7 @@ def test_the_report_shows_the_slowest_files_the_first_errors_and_the_largest_kin
             db.store_task_metric(f"file-{number}", "run-2", 10 * number, "success")
             finding = Finding(100 + number, 1, 2, number, is_text=True)
             db.store_memory("run", "semantic", f"file.{number:02}", finding)
-        db.store_memory("run", "semantic", "file", Finding(1))
+        db.store_memory("run", "semantic", "file", Finding(5000))
         db.store_task_metric("file-of-others", "run-of-others", 1000, "success")
 
         assert not report(db, plan)
@@ -141,10 +141,11 @@ def test_the_report_shows_the_slowest_files_the_first_errors_and_the_largest_kin
     assert [line[:2] for line in shown if line[-1:] == ["success"]] == [
         [f"file-{number}", str(10 * number)] for number in range(11, 6, -1)
     ]
-    kinds = [line for line in shown if line[:1] and (line[0].startswith(".") or line[0] == "all")]
+    kinds = [line for line in shown if line[:1] and line[0].startswith((".", "(no", "all"))]
     assert kinds == [
-        *([f".{number:02}", "1", "1", "2", str(100 + number), str(number)] for number in range(11, 1, -1)),
-        ["all", "files", "13", "12", "24", "1,267", "11"],
+        ["(no", "suffix)", "1", "0", "0", "5,000", "0"],
+        *([f".{number:02}", "1", "1", "2", str(100 + number), str(number)] for number in range(11, 2, -1)),
+        ["all", "files", "13", "12", "24", "6,266", "11"],
     ]
 
 
