@@ -105,6 +105,10 @@ BAD: dict[str, tuple[Callable[[Any], Any], str]] = {
     ),
     "batch that is none": (lambda db: db.insert_events(None), "events: got None"),
     "batch that is one event": (lambda db: db.insert_events(EVENT), "events: got {.*a list"),
+    "batch that is one row": (
+        lambda db: db.insert_events(AgentEvent(event_type=EventType.SPAWN, agent_id="a", agent_type="t")),
+        "^events: got .*a list",
+    ),
     "negative limit": (lambda db: db.get_events(limit=-1), "limit: got -1, expected a whole number from 0"),
     "limit of another type": (lambda db: db.get_events(limit="many"), "limit"),
     "limit that is a bool": (lambda db: db.get_events(limit=True), "limit: got True"),

@@ -179,6 +179,7 @@ def test_none_to_begin_with_is_not_the_usual_number(path: Path) -> None:
     with SwarmDB(path) as db:
         db.insert_event(event("before"))
         with Follower(f"sqlite:///{path}", "--json", "--limit", "0") as follower:
+            assert follower.process.stdout is not None
             while not select.select([follower.process.stdout], [], [], 0.1)[0]:
                 db.insert_event(event("after"))
             (line,) = follower.lines(1)

@@ -242,6 +242,16 @@ def test_check_prints_the_first_of_many_alike_and_how_many_more_there_are(swarmd
     assert len(found["unlisted"]) == 15
 
 
+def test_check_prints_as_many_as_it_has_room_for_and_no_word_of_more(swarmdb: Command, path: Path) -> None:
+    with SwarmDB(path) as db:
+        db.insert_events({"event_type": "spawn", "agent_id": "a", "agent_type": "t"} for _ in range(5))
+    execute(path, "UPDATE agent_events SET metadata = '{'")
+    lines = [line.split() for line in swarmdb("check", "--db", path).out.splitlines()]
+
+    assert sum(line[:2] == ["agent_events", "metadata"] for line in lines) == 5
+    assert not any("more:" in line for line in lines)
+
+
 def test_check_says_which_rows_it_could_not_move_and_why(swarmdb: Command, store: Path) -> None:
     damage(store)
     execute(store, "CREATE TABLE notes (event INTEGER REFERENCES agent_events(id) ON DELETE CASCADE)")
