@@ -290,3 +290,18 @@ def test_a_word_that_no_text_can_hold_is_refused_as_a_filter(db: SwarmDB) -> Non
     for word in ("a\ud800b", "a\0b"):
         with pytest.raises(InvalidInputError, match="event_type"):
             db.get_events(event_type=EventType.read(word))
+
+
+@pytest.mark.parametrize("batch_size", [1000, 150, 101, 100])
+def test_an_iteration_leaves_none_of_many_out(db: SwarmDB, batch_size: int) -> None:
+    db.insert_events({"event_type": "spawn", "agent_id": "a", "agent_type": "t"} for _ in range(305))
+
+    assert [event.id for event in db.iter_events(batch_size=batch_size)] == list(range(1, 306))
+
+
+def test_when_an_event_was_written_is_kept_beside_when_it_happened(db: SwarmDB, clock: Clock) -> None:
+    happened = clock.now - timedelta(days=1)
+    db.insert_event({"event_type": "spawn", "agent_id": "a", "agent_type": "t", "timestamp": happened})
+
+    (event,) = db.get_events()
+    assert (event.timestamp, event.created_at) == (happened, clock.now)

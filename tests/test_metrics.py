@@ -433,6 +433,61 @@ def test_a_batch_takes_and_refuses_what_single_calls_do(tasks: list[Any], figure
             assert many.get_agent_metrics() == one.get_agent_metrics()
 
 
+ODD_TASKS: dict[str, list[Any]] = {
+    "task_id": ODD,
+    "agent_id": ODD,
+    "result": WORDS,
+    "duration_ms": ODD_NUMBERS,
+    "tokens_used": ODD_NUMBERS,
+    "files_changed": ODD_NUMBERS,
+    "timestamp": TIMES,
+}
+ODD_FIGURES: dict[str, list[Any]] = {
+    "value": ODD_NUMBERS,
+    "metadata": [None, {}, {"k": [1]}, {"k": {1}}, {1: 2}, [], "k", 0],
+    "timestamp": TIMES,
+}
+
+
+@pytest.mark.parametrize(
+    ("one", "plain", "odd"),
+    [
+        ("store_task_metric", {"task_id": "t", "agent_id": "a", "duration_ms": 1, "result": "success"}, ODD_TASKS),
+        (
+            "store_agent_metric",
+            {"agent_id": "a", "metric_type": "duration", "value": 1},
+            {**ODD_FIGURES, "agent_id": ODD, "metric_type": ["throughput", Word("duration"), "health", None, {}]},
+        ),
+        (
+            "store_swarm_metric",
+            {"swarm_id": "s", "metric_type": "health", "value": 1},
+            {**ODD_FIGURES, "swarm_id": ODD, "metric_type": ["latency", Word("health"), "duration", None, {}]},
+        ),
+    ],
+)
+def test_a_batch_refuses_each_value_that_a_single_call_refuses(
+    one: str, plain: dict[str, Any], odd: dict[str, list[Any]]
+) -> None:
+    refused = 0
+    with SwarmDB(":memory:") as store:
+        for name, value in ((name, value) for name, values in odd.items() for value in values):
+            metric = {**plain, name: value}
+            problem = None
+            try:
+                getattr(store, one)(**metric)
+            except InvalidInputError as error:
+                problem = f"metrics[1].{error}"
+                refused += 1
+            if problem is None:
+                getattr(store, f"{one}s")([plain, metric])
+            else:
+                with pytest.raises(InvalidInputError) as caught:
+                    getattr(store, f"{one}s")([plain, metric])
+                assert str(caught.value) == problem
+
+    assert refused > 15
+
+
 def waiting_for_locks(raw: RawConnection) -> int:
     count = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'"
     return int(raw.execute(count).fetchone()[0])

@@ -215,9 +215,18 @@ def test_a_file_that_is_open_is_known_by_its_path_and_by_a_uri(name: str, tmp_pa
         ({"db_path": "x.db", "busy_timeout": -1}, "busy_timeout"),
         ({"db_path": "x.db", "busy_timeout": float("nan")}, "busy_timeout"),
         ({"db_path": "x.db", "busy_timeout": 1e9}, "busy_timeout"),
+        ({"db_path": "x.db", "busy_timeout": 2_147_483.5}, "busy_timeout: .*seconds from 0 to 2147483"),
         ({"db_path": "x.db", "page_cache_mib": 0}, "page_cache_mib"),
         ({"db_path": "x.db", "page_cache_mib": 0.5}, "page_cache_mib"),
         ({"db_path": "x.db", "page_cache_mib": 2_097_152}, "page_cache_mib"),
+        # The server takes 0 for no limit at all.
+        ({"db_path": "x.db", "statement_timeout": 0}, r"statement_timeout: .*seconds from 0\.001 to 2147483"),
+        ({"db_path": "x.db", "statement_timeout": 0.0009}, "statement_timeout"),
+        ({"db_path": "x.db", "statement_timeout": 2_147_483.5}, "statement_timeout"),
+        ({"db_path": "x.db", "statement_timeout": "1"}, "statement_timeout: got '1'"),
+        ({"db_path": "x.db", "pool_size": 0}, "pool_size: got 0, expected a whole number from 1"),
+        ({"db_path": "x.db", "pool_size": 1.5}, "pool_size"),
+        ({"db_path": "x.db", "retention": timedelta(days=1)}, "retention: .*a RetentionPolicy"),
     ],
 )
 def test_what_names_no_database_is_refused_and_makes_nothing(
@@ -233,6 +242,11 @@ def test_what_names_no_database_is_refused_and_makes_nothing(
 def test_a_password_is_not_shown() -> None:
     with pytest.raises(InvalidInputError) as caught:
         SwarmDB(url="mysql://user:secret@localhost/x")
+
+    assert "secret" not in str(caught.value)
+    assert "secret" not in str(caught.value.value)
+    with pytest.raises(InvalidInputError, match="since db_path says") as caught:
+        SwarmDB("x.db", url="postgresql://user:secret@localhost/x")
 
     assert "secret" not in str(caught.value)
     assert "secret" not in str(caught.value.value)
@@ -444,6 +458,12 @@ def test_files_are_in_wal_mode_and_durability_is_set(path: Path) -> None:
 def test_the_page_cache_is_as_large_as_asked(path: Path) -> None:
     with SwarmDB(path, page_cache_mib=3) as db:
         assert db._get_connection().execute("PRAGMA cache_size").fetchone()[0] == -3 * 1024
+
+
+def test_the_largest_settings_are_those_that_sqlite_counts(path: Path) -> None:
+    with SwarmDB(path, busy_timeout=2_147_483, page_cache_mib=2_097_151) as db:
+        assert db._get_connection().execute("PRAGMA busy_timeout").fetchone()[0] == 2_147_483_000
+        assert db._get_connection().execute("PRAGMA cache_size").fetchone()[0] == -2_097_151 * 1024
 
 
 def test_a_file_whose_journal_was_changed_is_in_wal_mode_again(path: Path) -> None:

@@ -442,6 +442,12 @@ def test_a_statement_that_takes_too_long_is_a_storage_error(postgres_url: str) -
         db.register_agent("a", "t")
 
 
+def test_the_longest_timeouts_are_those_that_the_server_counts(postgres_url: str) -> None:
+    with SwarmDB(url=postgres_url, statement_timeout=2_147_483, busy_timeout=2_147_483) as db, db.transaction() as raw:
+        for name in ("statement_timeout", "lock_timeout"):
+            assert raw.execute("SELECT setting FROM pg_settings WHERE name = %s", (name,)).fetchone() == ("2147483000",)
+
+
 def test_a_caught_conflict_of_a_domain_call_leaves_the_block_as_it_was(store: SwarmDB) -> None:
     with store.transaction():
         store.insert_event(EVENT, event_id="taken")

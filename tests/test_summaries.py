@@ -708,6 +708,7 @@ def test_what_cannot_be_meant_is_refused(db: SwarmDB) -> None:
         "of": lambda: db.metric_series("duration_ms", bucket=HOUR, of=1),  # type: ignore[arg-type]
         "agg": lambda: db.metric_series("duration_ms", bucket=HOUR, agg="p90"),  # type: ignore[arg-type]
         "order_by": lambda: db.summarize_agents(order_by="results"),  # type: ignore[arg-type]
+        "descending: got 'no', expected True or False": lambda: db.summarize_agents(descending="no"),  # type: ignore[arg-type]
         "limit": lambda: db.summarize_agents(limit=-1),
         "since": lambda: db.summarize_tasks(since="soon"),
     }

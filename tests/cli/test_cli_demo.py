@@ -7,14 +7,17 @@ import signal
 import subprocess
 import sys
 import time
+from datetime import UTC, datetime, timedelta
 from multiprocessing import resource_tracker, spawn
 from pathlib import Path
 
 import pytest
+from sqlalchemy.engine import URL
 
 from cli.running import Command
 from moai_flow.memory import AgentStatus, SwarmDB
-from moai_flow.memory.cli.swarm import interrupts_held_back
+from moai_flow.memory.cli.demo import report
+from moai_flow.memory.cli.swarm import AGENT_TYPE, Finding, Plan, interrupts_held_back
 
 DEMO = [sys.executable, "-m", "moai_flow.memory", "demo"]
 FEW = ["--processes", "2", "--threads", "1"]
@@ -52,6 +55,12 @@ def test_the_tables_are_read_back_from_a_fresh_database(
     for shown in ("Agents", "Events", "Slowest files", "Findings", "src/program.py", "all files"):
         assert shown in ran.out
     assert "No such file or directory" in ran.out
+    assert [line.split() for line in ran.out.partition("Findings")[2].splitlines()[3:7]] == [
+        [".py", "1", "2", "3", "21", "11"],
+        [".md", "1", "1", "2", "8", "7"],
+        [".png", "1", "0", "0", "6", "0"],
+        ["all", "files", "3", "3", "5", "35", "11"],
+    ]
 
     database = only_demo_database(tmp_path)
     assert str(database) in ran.out
@@ -77,14 +86,67 @@ def test_it_reads_the_current_folder_into_a_database_that_is_given(
 
         assert ran.status == 0
         # The table of agents has one row: those who were there before are not of this run.
-        agents = ran.out.partition("Agents")[2].partition("Events")[0]
+        agents, _, rest = ran.out.partition("Agents")[2].partition("Events")
         assert agents.count("complete") == 1
+        events = rest.partition("Errors: none")[0].split()
+        assert events[-6:] == ["spawn", "1", "complete", "1", "error", "0"]
     assert not (tmp_path / ".moai").exists()
     with SwarmDB(store) as db:
         assert len(db.list_agents()) == 4
         # Dot-files are read as well: a tool that watches the tests may have left one.
         tasks = [metric.task_id for metric in db.get_task_metrics() if not metric.task_id.startswith(".")]
         assert sorted(tasks) == ["one.txt", "one.txt", "t-1"]
+
+
+def test_each_run_has_a_fresh_database_unless_one_is_given(swarmdb: Command, tmp_path: Path) -> None:
+    runs = [swarmdb("demo", *FEW) for _ in range(2)]
+
+    databases = {str(path) for path in (tmp_path / ".moai").glob("demo-*.db")}
+    assert {ran.out.partition("in the database:\n  ")[2].partition("\n")[0] for ran in runs} == databases
+    assert len(databases) == 2
+
+
+def test_the_report_shows_the_slowest_files_the_first_errors_and_the_largest_kinds(
+    path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with SwarmDB(path) as db:
+        plan = Plan("run", URL.create("sqlite", database=str(path)), tmp_path, (), 1, 2)
+        for agent_id in (*plan.agents, "run-of-others"):
+            db.register_agent(agent_id, AGENT_TYPE, "complete" if agent_id == "run-1" else "running")
+        for number in range(12):
+            db.insert_event(
+                {
+                    "event_type": "error",
+                    "agent_id": "run-1",
+                    "agent_type": AGENT_TYPE,
+                    "timestamp": datetime.now(UTC) - timedelta(minutes=number),
+                    "metadata": {"file": f"bad-{number}", "reason": "gone"},
+                }
+            )
+            db.store_task_metric(f"file-{number}", "run-2", 10 * number, "success")
+            finding = Finding(100 + number, 1, 2, number, is_text=True)
+            db.store_memory("run", "semantic", f"file.{number:02}", finding)
+        db.store_memory("run", "semantic", "file", Finding(5000))
+        db.store_task_metric("file-of-others", "run-of-others", 1000, "success")
+
+        assert not report(db, plan)
+        shown = [line.split() for line in capsys.readouterr().out.splitlines()]
+        db.update_agent_status("run-2", "complete")
+        assert report(db, plan)
+
+    assert ["run-1", "complete", "0", "-"] in shown
+    assert ["run-2", "running", "12", "-"] in shown
+    assert ["The", "first", "10", "errors"] in shown
+    assert [line[1] for line in shown if line[-1:] == ["gone"]] == [f"bad-{number}" for number in range(11, 1, -1)]
+    assert [line[:2] for line in shown if line[-1:] == ["success"]] == [
+        [f"file-{number}", str(10 * number)] for number in range(11, 6, -1)
+    ]
+    kinds = [line for line in shown if line[:1] and line[0].startswith((".", "(no", "all"))]
+    assert kinds == [
+        ["(no", "suffix)", "1", "0", "0", "5,000", "0"],
+        *([f".{number:02}", "1", "1", "2", str(100 + number), str(number)] for number in range(11, 2, -1)),
+        ["all", "files", "13", "12", "24", "6,266", "11"],
+    ]
 
 
 def test_an_empty_folder_is_said_to_be_one(swarmdb: Command, tmp_path: Path) -> None:

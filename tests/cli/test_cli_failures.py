@@ -197,6 +197,22 @@ def test_a_database_that_another_program_keeps_locked(
         assert swarmdb("status", "--db", store).status == 0
 
 
+@pytest.mark.parametrize(
+    "command",
+    [["status"], ["check"], [*SET, "1"], ["migrate"], ["copy", "swarm.db", "other.db"]],
+    ids=" ".join,
+)
+def test_how_long_others_are_waited_for_is_the_same_for_every_command(
+    command: list[str], swarmdb: Command, store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MOAI_DB_PATH", str(store))
+    monkeypatch.setattr(app, "BUSY_TIMEOUT", -1.0)  # Whoever is given it says so.
+    ran = swarmdb(*command)
+
+    assert (ran.status, ran.out) == (1, "")
+    assert ran.err.startswith("swarmdb: busy_timeout: got -1.0, ")
+
+
 def test_a_row_that_can_not_be_read_is_named(swarmdb: Command, store: Path) -> None:
     with closing(sqlite3.connect(store)) as connection, connection:
         connection.execute("UPDATE agent_events SET metadata = '{' WHERE id = 2")
@@ -224,6 +240,20 @@ def test_a_damaged_file_is_said_to_be_damaged(swarmdb: Command, store: Path) -> 
     checked = swarmdb("check", "--db", store)
     assert (checked.status, checked.err) == (1, "")
     assert "take the last backup that checks well" in " ".join(checked.out.split())
+
+
+def test_a_command_that_reads_by_itself_says_so_as_well(swarmdb: Command, store: Path) -> None:
+    with closing(sqlite3.connect(store)) as connection:
+        pages = connection.execute("SELECT rootpage FROM sqlite_master WHERE tbl_name = 'agent_events'").fetchall()
+        ((size,),) = connection.execute("PRAGMA page_size")
+    content = bytearray(store.read_bytes())
+    for (page,) in pages:
+        content[(page - 1) * size : page * size] = b"\xff" * size
+    store.write_bytes(content)
+    ran = swarmdb("status", "--db", store)
+
+    assert (ran.status, ran.out) == (1, "")
+    assert ran.err == f"swarmdb: {store}: database disk image is malformed\n"
 
 
 @pytest.mark.parametrize("keep", [2000, 5000, 30_000])

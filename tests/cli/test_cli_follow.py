@@ -1,6 +1,7 @@
 """`swarmdb events --follow`: nothing is missed, and nothing comes twice."""
 
 import json
+import select
 import signal
 import subprocess
 import sys
@@ -172,6 +173,18 @@ def test_an_empty_log_and_none_to_begin_with(limit: int, url: str) -> None:
         db.insert_event(event("second"))
 
         assert [one.agent_id for one in islice(events, 2)] == ["first", "second"]
+
+
+def test_none_to_begin_with_is_not_the_usual_number(path: Path) -> None:
+    with SwarmDB(path) as db:
+        db.insert_event(event("before"))
+        with Follower(f"sqlite:///{path}", "--json", "--limit", "0") as follower:
+            assert follower.process.stdout is not None
+            while not select.select([follower.process.stdout], [], [], 0.1)[0]:
+                db.insert_event(event("after"))
+            (line,) = follower.lines(1)
+
+    assert json.loads(line)["agent_id"] == "after"
 
 
 def test_lines_are_aligned_and_hold_no_control_characters(path: Path) -> None:

@@ -50,6 +50,9 @@ def test_cleanup_removes_what_is_old(swarmdb: Command, store: Path) -> None:
     assert out.startswith("Would be removed")
     assert len(swarmdb("events", "--db", store, "--json").json) == 4
 
+    everything = swarmdb("cleanup", "--days", "0", "--dry-run", "--db", store, "--json").json
+    assert removed(everything)["agent_events"] == 4
+
     done = swarmdb("cleanup", "--days", "1", "--db", store, "--json").json
     assert done == {**done, "dry_run": False}
     assert removed(done) == removed(tried)
@@ -83,6 +86,18 @@ def test_cleanup_keeps_what_the_database_keeps_unless_told_otherwise(swarmdb: Co
             {
                 "events": 90.0,
                 "memory": None,
+                "task_metrics": 30.0,
+                "agent_metrics": 30.0,
+                "swarm_metrics": 30.0,
+                "agents": None,
+            },
+        ),
+        (
+            RetentionPolicy(events=timedelta(hours=36), memory=timedelta(0)),
+            "retention       events: 1.5 days; memory: 0 days; task metrics: 30 days; ",
+            {
+                "events": 1.5,
+                "memory": 0.0,
                 "task_metrics": 30.0,
                 "agent_metrics": 30.0,
                 "swarm_metrics": 30.0,
@@ -135,11 +150,26 @@ def test_a_backup_replaces_a_file_only_if_asked_to(swarmdb: Command, store: Path
     copy = tmp_path / "copy.db"
     copy.write_text("precious")
 
-    assert swarmdb("backup", copy, "--db", store).status == 1
+    refused = swarmdb("backup", copy, "--db", store)
+    assert (refused.status, refused.out) == (1, "")
+    assert refused.err == f"swarmdb: {copy} exists; --overwrite replaces it\n"
     assert copy.read_text() == "precious"
 
     ran = swarmdb("backup", copy, "--overwrite", "--db", store, "--json")
     assert ran.json == {"path": str(copy), "size_bytes": copy.stat().st_size}
+
+
+def test_a_servers_database_is_not_backed_up_whatever_the_path(
+    swarmdb: Command, tmp_path: Path, postgres_url: str
+) -> None:
+    SwarmDB(url=postgres_url).close()
+    (tmp_path / "there.db").write_text("precious")
+    for name in ("there.db", "new.db"):
+        ran = swarmdb("backup", name, "--db", postgres_url)
+
+        assert (ran.status, ran.out) == (1, "")
+        assert ran.err.endswith("a server's database is copied by pg_dump\n")
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("there.db", "precious")]
 
 
 def test_check_of_a_sound_database(swarmdb: Command, store: Path) -> None:
@@ -212,6 +242,16 @@ def test_check_prints_the_first_of_many_alike_and_how_many_more_there_are(swarmd
     assert len(found["unlisted"]) == 15
 
 
+def test_check_prints_as_many_as_it_has_room_for_and_no_word_of_more(swarmdb: Command, path: Path) -> None:
+    with SwarmDB(path) as db:
+        db.insert_events({"event_type": "spawn", "agent_id": "a", "agent_type": "t"} for _ in range(5))
+    execute(path, "UPDATE agent_events SET metadata = '{'")
+    lines = [line.split() for line in swarmdb("check", "--db", path).out.splitlines()]
+
+    assert sum(line[:2] == ["agent_events", "metadata"] for line in lines) == 5
+    assert not any("more:" in line for line in lines)
+
+
 def test_check_says_which_rows_it_could_not_move_and_why(swarmdb: Command, store: Path) -> None:
     damage(store)
     execute(store, "CREATE TABLE notes (event INTEGER REFERENCES agent_events(id) ON DELETE CASCADE)")
@@ -223,6 +263,17 @@ def test_check_says_which_rows_it_could_not_move_and_why(swarmdb: Command, store
     assert "a row of notes refers to it" in ran.out
     kept = json.loads(swarmdb("check", "--quarantine", "--db", store, "--json").out)["kept"]
     assert kept == [{"table": "agent_events", "reason": "a row of notes refers to it", "rows": 1}]
+
+
+def test_check_tells_of_a_table_that_is_lost(swarmdb: Command, store: Path) -> None:
+    execute(store, "DROP TABLE swarm_metrics")
+    ran = swarmdb("check", "--db", store)
+
+    assert (ran.status, ran.err) == (1, "")
+    assert "Tables that can't be used" in ran.out
+    assert " swarm_metrics " in ran.out
+    (fault,) = json.loads(swarmdb("check", "--db", store, "--json").out)["tables"]
+    assert fault["table"] == "swarm_metrics"
 
 
 def test_check_tells_whether_sqlite_has_a_known_bug(
@@ -241,6 +292,28 @@ def test_migrate_tells_what_is_due_and_does_it(swarmdb: Command, postgres_url: s
 
     assert swarmdb("migrate", "--db", postgres_url).status == 0
     assert swarmdb("migrate", "--check", "--db", postgres_url).status == 0
+
+
+@pytest.mark.parametrize(
+    ("version", "said"),
+    [
+        ("2.0.0", f"has schema 2.0.0, and {VERSION} is due: run swarmdb migrate"),
+        ("3.0.0", f"its schema version is 3.0.0, and this package knows {VERSION} at most; upgrade moai-flow-memory"),
+        ("soon", "its schema version is 'soon', which is none of SwarmDB's"),
+    ],
+)
+def test_migrate_tells_another_version_and_whether_it_can_do_something_about_it(
+    swarmdb: Command, shared_url: str, version: str, said: str
+) -> None:
+    with SwarmDB(url=shared_url) as db:
+        with db.transaction() as raw:
+            raw.execute(f"UPDATE schema_info SET value = '{version}' WHERE key = 'version'")
+        ran = swarmdb("migrate", "--check", "--db", shared_url)
+
+        assert (ran.status, ran.out) == (1, "")
+        assert said in ran.err
+        assert ran.err.count("\n") == 1
+        assert db.schema_version == version
 
 
 def test_the_sql_of_migrate_makes_what_opening_makes(swarmdb: Command, postgres_server: Server) -> None:

@@ -61,11 +61,12 @@ def test_a_value_comes_back_as_it_was_set(value: str, swarmdb: Command, path: Pa
     assert swarmdb("memory", "get", *address, "--json").json == json.loads(value)
 
 
-def test_text_need_not_be_quoted_as_json(swarmdb: Command, path: Path) -> None:
-    assert swarmdb("memory", "set", "s", "semantic", "k", "{", "--text", "--db", path) == SILENT
+@pytest.mark.parametrize("text", ["{", "", "1", "null"])
+def test_text_need_not_be_quoted_as_json(text: str, swarmdb: Command, path: Path) -> None:
+    assert swarmdb("memory", "set", "s", "semantic", "k", text, "--text", "--db", path) == SILENT
 
     with SwarmDB(path) as db:
-        assert db.get_memory("s", "semantic", "k") == "{"
+        assert db.get_memory("s", "semantic", "k") == text
 
 
 def test_a_value_may_expire(swarmdb: Command, path: Path) -> None:

@@ -98,9 +98,48 @@ def test_agents_are_those_of_the_window_in_the_order_asked_for(
     assert [agent["agent_id"] for agent in answer["agents"]] == agents
 
 
+@pytest.mark.parametrize(
+    ("column", "agents"),
+    [
+        ("tasks", "dabc"),
+        ("mean", "acbd"),
+        ("p50", "acdb"),
+        ("p95", "cbad"),
+        ("p99", "bcad"),
+        ("max", "dbca"),
+    ],
+)
+def test_each_column_has_its_own_order(column: str, agents: str, swarmdb: Command, path: Path) -> None:
+    durations = {"a": [100] * 10, "b": [1] * 9 + [500], "c": [10] * 8 + [300] * 2, "d": [5] * 99 + [1000]}
+    with SwarmDB(path) as db:
+        for agent, measured in durations.items():
+            db.store_task_metrics(
+                {"task_id": f"{agent}-{number}", "agent_id": agent, "duration_ms": duration, "result": "success"}
+                for number, duration in enumerate(measured)
+            )
+    answer = swarmdb("metrics", "--by", column, "--db", path, "--json").json
+
+    assert "".join(agent["agent_id"] for agent in answer["agents"]) == agents
+    shown = swarmdb("metrics", "--by", column, "--db", path).out.partition(f"Agents, most {column} first")[2]
+    assert [line.split()[0] for line in shown.splitlines()[3:7]] == list(agents)
+
+
 def test_how_many_agents_are_not_shown_is_said(swarmdb: Command, measured: str) -> None:
     assert "\nand 2 more;" in swarmdb("metrics", "--db", measured, "--limit", "1").out
     assert " more;" not in swarmdb("metrics", "--db", measured, "--limit", "3").out
+
+
+def test_twenty_agents_are_shown_unless_another_number_is_asked_for(swarmdb: Command, path: Path) -> None:
+    with SwarmDB(path) as db:
+        for number in range(25):
+            db.store_task_metric("t", f"a-{number:02}", 1, "success")
+
+    assert len(swarmdb("metrics", "--db", path, "--json").json["agents"]) == 20
+    shown = swarmdb("metrics", "--db", path).out
+    assert "a-19" in shown
+    assert "a-20" not in shown
+    assert "\nand 5 more;" in shown
+    assert swarmdb("metrics", "--db", path, "--limit=-1").status == 2
 
 
 def test_one_agents_metrics(swarmdb: Command, measured: str) -> None:

@@ -49,6 +49,14 @@ def test_status_counts_everything(swarmdb: Command, store: Path) -> None:
     assert status["newest_event"] == "2025-11-03T12:00:00+00:00"
 
 
+def test_status_tells_how_large_the_log_is(swarmdb: Command, path: Path) -> None:
+    with SwarmDB(path) as db:
+        db.store_memory("s", "semantic", "k", "x" * 100_000)
+        status = swarmdb("status", "--db", path, "--json").json
+
+        assert status["wal_bytes"] == path.with_name("swarm.db-wal").stat().st_size > 100_000
+
+
 def test_status_of_an_empty_store(swarmdb: Command, path: Path) -> None:
     SwarmDB(path).close()
     status = swarmdb("status", "--db", path, "--json").json
@@ -122,6 +130,12 @@ def test_one_agent_is_shown_whole(swarmdb: Command, store: Path) -> None:
     assert "expert-backend" in shown
     assert '{"model": "small"}' in shown
     assert "1,500" in shown
+    facts = dict(line.split("  ", 1) for line in swarmdb("agents", "a-2", "--db", store).out.splitlines() if line)
+    assert facts["complete time"].strip() == facts["duration ms"].strip() == "-"
+    with SwarmDB(store) as db:
+        agent = db.get_agent("a-2")
+    assert agent is not None
+    assert facts["spawn time"].strip() == f"{agent.spawned_at:%Y-%m-%d %H:%M:%S}"
 
 
 def test_one_agent_takes_no_filters(swarmdb: Command, store: Path) -> None:
@@ -176,6 +190,14 @@ def test_events_are_filtered(options: list[str], days: list[int], swarmdb: Comma
     events = swarmdb("events", *options, "--db", store, "--json").json
 
     assert [event["metadata"]["day"] for event in events] == days
+
+
+def test_a_hundred_events_are_listed_unless_another_number_is_asked_for(swarmdb: Command, path: Path) -> None:
+    with SwarmDB(path) as db:
+        db.insert_events({"event_type": "spawn", "agent_id": "a", "agent_type": "t"} for _ in range(150))
+
+    assert [event["id"] for event in swarmdb("events", "--db", path, "--json").json] == list(range(150, 50, -1))
+    assert len(swarmdb("events", "--limit", "120", "--db", path, "--json").json) == 120
 
 
 def test_events_of_a_type_that_only_an_older_program_knew_are_found(swarmdb: Command, store: Path) -> None:

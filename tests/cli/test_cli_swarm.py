@@ -10,9 +10,20 @@ from pathlib import Path
 import pytest
 from sqlalchemy.engine import URL
 
-from moai_flow.memory import SwarmDB
+from moai_flow.memory import BusyError, SwarmDB
 from moai_flow.memory.cli import swarm
-from moai_flow.memory.cli.swarm import Finding, Plan, at_work, examine, files_of, printable, read_file, run_agent, take
+from moai_flow.memory.cli.swarm import (
+    Finding,
+    Plan,
+    at_work,
+    examine,
+    files_of,
+    in_transaction,
+    printable,
+    read_file,
+    run_agent,
+    take,
+)
 
 
 @pytest.fixture
@@ -103,6 +114,7 @@ def test_a_name_that_is_no_unicode_can_be_stored(folder: Path, store: SwarmDB) -
         (b"one", Finding(3, 1, 1, 3, is_text=True)),
         (b"one two\n\nthree\n", Finding(15, 3, 3, 7, is_text=True)),
         ("ä ö\n".encode(), Finding(6, 1, 2, 3, is_text=True)),
+        (b"one\r\ntwo\r\n", Finding(10, 2, 2, 3, is_text=True)),
         (b"abc\xff", Finding(4)),
         (b"abc\0", Finding(4)),
     ],
@@ -139,7 +151,10 @@ def test_every_file_is_read_once(folder: Path, store: SwarmDB) -> None:
     assert sorted(metric.task_id for metric in metrics) == sorted(files)
     assert {metric.result for metric in metrics} == {"success"}
     assert [agent.status for agent in store.list_agents()] == ["complete"] * 4
-    assert len(store.get_events(event_type="spawn")) == 4
+    places = {agent.agent_id: (agent.metadata_["process"], agent.metadata_["thread"]) for agent in store.list_agents()}
+    assert places == {"run-1": (1, 1), "run-2": (1, 2), "run-3": (2, 1), "run-4": (2, 2)}
+    for kind in ("spawn", "complete"):  # Each agent in one process only.
+        assert sorted(event.agent_id for event in store.get_events(event_type=kind)) == sorted(places)
     assert sum(event.metadata_["read"] for event in store.get_events(event_type="complete")) == 60
     assert store.get_memory("run", "semantic", "7.txt", as_type=Finding) == Finding(5, 1, 1, 5, is_text=True)
 
@@ -148,16 +163,19 @@ def test_a_process_that_is_killed_keeps_nobody_waiting(folder: Path, store: Swar
     os.mkfifo(folder / "endless")  # Who opens it waits for a writer that never comes.
     (folder / "file").touch()
     whole = plan(store, folder, ["endless", "file"], processes=2)
+    store.register_agent("of-another-run", swarm.AGENT_TYPE, "running", {"process": 1})
+    store.store_task_metric("endless", "of-another-run", 1, "success")
     with at_work(store, whole) as progress:
         for done in progress:
             children = multiprocessing.active_children()
             if done == 1 and len(children) == 1:
                 children[0].kill()
 
-    assert sorted(agent.status for agent in store.list_agents()) == ["complete", "error"]
+    assert {agent.agent_id for agent in store.get_active_agents()} == {"of-another-run"}
+    assert sorted(agent.status for agent in store.list_agents()) == ["complete", "error", "running"]
     (error,) = store.get_events(event_type="error")
     assert error.metadata_ == {"file": "endless", "reason": "its process ended with exit code -9"}
-    (metric,) = store.get_task_metrics("endless")
+    (metric,) = store.get_task_metrics("endless", error.agent_id)
     assert (metric.result, metric.duration_ms) == ("cancelled", None)
 
 
@@ -213,4 +231,28 @@ def test_an_agent_does_not_wait_long_for_one_that_never_comes(
     assert completed.metadata_ == {"read": 1, "unreadable": 1}
     (error,) = store.get_events(event_type="error")
     assert error.metadata_ == {"file": "gone", "reason": "No such file or directory"}
-    assert [metric.result for metric in store.get_task_metrics("gone")] == ["failure"]
+    (failure,) = store.get_task_metrics("gone")
+    assert failure.result == "failure"
+    assert failure.duration_ms is not None
+
+
+def test_a_transaction_that_others_come_between_is_done_again_but_not_for_ever(
+    store: SwarmDB, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(swarm, "ATTEMPTS", 3)
+    tried: list[int] = []
+
+    def busy_until(attempt: int) -> str:
+        tried.append(store.store_memory("s", "semantic", "k", len(tried)))
+        if len(tried) < attempt:
+            raise BusyError("another transaction came between")
+        return "done"
+
+    assert in_transaction(store, lambda: busy_until(3)) == "done"
+    assert len(tried) == 3
+    assert [memory.value for memory in store.memory_history("s", "semantic", "k")] == [2]
+    tried.clear()
+    with pytest.raises(BusyError, match="came between"):
+        in_transaction(store, lambda: busy_until(4))
+    assert len(tried) == 3
+    assert [memory.value for memory in store.memory_history("s", "semantic", "k")] == [2]

@@ -114,6 +114,15 @@ def test_the_screen_is_filled_to_its_size_and_follows_it(path: Path) -> None:
 
 
 @pytest.mark.usefixtures("interruptible")
+def test_no_more_agents_are_watched_than_were_asked_for(store: Path) -> None:
+    with Terminal([*TOP, "--db", str(store), "--limit", "1"]) as terminal:
+        lines = terminal.until("and 1 more")
+        assert terminal.interrupt() == 0
+
+    assert [row[0] for row in rows(lines)] == ["a-2", "and"]
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_a_look_that_fails_is_said_and_not_the_end(store: Path) -> None:
     with Terminal([*TOP, "--db", str(store), "--interval", "0.1"]) as terminal:
         assert "a-2" in "".join(terminal.until("a-2"))

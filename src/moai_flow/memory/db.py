@@ -113,7 +113,9 @@ class SwarmDB(Tracking, MemoryOperations, SummaryOperations, RetentionOperations
         if statement_timeout is not None:
             statement_timeout = inputs.number(statement_timeout, field="statement_timeout")
             if not 0.001 <= statement_timeout <= _LONGEST_TIMEOUT:
-                raise InvalidInputError("statement_timeout", statement_timeout, f"seconds up to {_LONGEST_TIMEOUT}")
+                raise InvalidInputError(
+                    "statement_timeout", statement_timeout, f"seconds from 0.001 to {_LONGEST_TIMEOUT}"
+                )
         pool_size = inputs.whole(pool_size, field="pool_size", least=1)
         if retention is not None and not isinstance(retention, RetentionPolicy):
             raise InvalidInputError("retention", retention, "a RetentionPolicy, or None for the database's own")

@@ -182,6 +182,7 @@ def found_version(location: Location) -> str | None:
     """Return the version that a database says it has, without changing it; None if it says none.
 
     Raises:
+        SchemaError: If that is newer than this package's, or none of SwarmDB's.
         StorageError: If it can't be read.
     """
     where = str(location)
@@ -190,11 +191,13 @@ def found_version(location: Location) -> str | None:
     connections = Connections(create(location), where, kept=0)
     held = connections.take()
     try:
-        return _version_on_server(held.raw) if location.is_on_server else read_version(held.raw)
+        version = _version_on_server(held.raw) if location.is_on_server else read_version(held.raw)
     except held.backend.error as error:
         raise translated(error, where) from error
     finally:
         connections.discard(held)
+    _check_known(version, location)
+    return version
 
 
 def _bring_server_up_to_date(held: Held, location: Location, now: datetime) -> None:
