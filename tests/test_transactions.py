@@ -123,7 +123,7 @@ def test_an_inner_block_that_nobody_can_end_is_not_kept_though_its_own_undoing_w
     db: SwarmDB, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def interrupt(frame: FrameType, kind: str, argument: object) -> None:
-        if kind == "call" and frame.f_code.co_name == "abandon":
+        if kind == "call" and frame.f_code.co_name == "_abandon_at_last":
             raise KeyboardInterrupt  # Python then takes the profile function away.
 
     monkeypatch.setattr(sys, "unraisablehook", lambda _: None)
