@@ -37,7 +37,7 @@ from moai_flow.memory import (
 )
 from moai_flow.memory.aio import AsyncSwarmDB
 from moai_flow.memory.engine import create
-from moai_flow.memory.workers import Job
+from moai_flow.memory.workers import Job, Pinned, Workers
 
 EVENT: EventData = {"event_type": "spawn", "agent_id": "a", "agent_type": "t"}
 
@@ -973,11 +973,33 @@ def test_what_was_begun_in_time_is_not_told_that_it_waited_in_vain(url: str) -> 
     async def scenario(db: AsyncSwarmDB) -> None:
         async with db.transaction():
             await db.list_agents()
-            task = asyncio.create_task(db._do(lambda _: time.sleep(0.3)))
+            task = asyncio.create_task(db._do(lambda _: time.sleep(1.2)))
             await asyncio.sleep(0)
         await task
 
-    run(scenario, url, pool_size=1, busy_timeout=0.2)
+    run(scenario, url, pool_size=1, busy_timeout=1)
+
+
+def test_a_block_that_is_over_keeps_nobody_from_the_worker_that_it_had(
+    url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    go_on, unpinned = threading.Event(), Workers.unpinned
+
+    def late(of: Workers, pinned: Pinned) -> None:
+        go_on.wait()
+        unpinned(of, pinned)
+
+    async def scenario(db: AsyncSwarmDB) -> None:
+        async with db.transaction():
+            await db.list_agents()
+        reading = asyncio.create_task(db.list_agents())
+        for _ in range(10):
+            await asyncio.sleep(0)
+        go_on.set()  # The worker was not quite done with the block until now.
+        assert await reading == []
+
+    monkeypatch.setattr(Workers, "unpinned", late)
+    run(scenario, url, pool_size=1, busy_timeout=0)
 
 
 def test_a_call_that_has_ended_leaves_no_timer(url: str) -> None:
