@@ -14,6 +14,7 @@ from contextlib import closing
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import pytest
@@ -978,6 +979,47 @@ def test_what_was_begun_in_time_is_not_told_that_it_waited_in_vain(url: str) -> 
         await task
 
     run(scenario, url, pool_size=1, busy_timeout=1)
+
+
+def test_an_interrupt_of_the_event_loop_as_it_takes_a_worker_takes_none(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def main(at: int) -> None:
+        events = 0
+
+        def interrupt(frame: FrameType, kind: str, argument: object) -> None:
+            nonlocal events
+            if kind in ("call", "c_return") and frame.f_code.co_qualname == "Workers.pin":
+                events += 1
+                if events == at:
+                    raise KeyboardInterrupt  # Python then takes the profile function away.
+
+        sys.setprofile(interrupt)
+        async with db.transaction():
+            sys.setprofile(None)
+
+    async def last() -> None:
+        await until(lambda: not db._workers._pinned)
+        assert await db.list_agents() == []
+        await db.close()
+
+    monkeypatch.setattr(moai_flow.memory.workers, "_LOOK", 0.01)
+    db = AsyncSwarmDB(path, pool_size=1)
+    asyncio.run(main(0))
+    interrupted = 0
+    is_over = False
+    while not is_over:
+        try:
+            asyncio.run(main(interrupted + 1))
+            is_over = True
+        except KeyboardInterrupt:
+            interrupted += 1
+        finally:
+            sys.setprofile(None)
+    assert interrupted > 0
+    gc.collect()
+    asyncio.run(last())
+    join_workers()
 
 
 def test_a_block_that_is_over_keeps_nobody_from_the_worker_that_it_had(

@@ -468,9 +468,10 @@ class Workers:
         self._is_idle = threading.Condition(self._lock)
         self._waiting = Queue()
         self._serving: set[_Serving] = set()
-        self._pinned: set[Pinned] = set()
+        # Those that somebody has are what counts: an interrupt, wherever it comes, leaves none behind.
+        self._pinned: weakref.WeakSet[Pinned] = weakref.WeakSet()
         #: Those of them that a task still has, and may have for as long as it likes.
-        self._held: set[Pinned] = set()
+        self._held: weakref.WeakSet[Pinned] = weakref.WeakSet()
         #: The event loops that are going to look. Each does, while something waits: another may be stuck, or closed.
         self._looking: weakref.WeakSet[AbstractEventLoop] = weakref.WeakSet()
 
