@@ -14,6 +14,7 @@ from contextlib import closing
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import pytest
@@ -37,7 +38,7 @@ from moai_flow.memory import (
 )
 from moai_flow.memory.aio import AsyncSwarmDB
 from moai_flow.memory.engine import create
-from moai_flow.memory.workers import Job
+from moai_flow.memory.workers import Job, Pinned, Workers
 
 EVENT: EventData = {"event_type": "spawn", "agent_id": "a", "agent_type": "t"}
 
@@ -977,11 +978,74 @@ def test_what_was_begun_in_time_is_not_told_that_it_waited_in_vain(url: str) -> 
     async def scenario(db: AsyncSwarmDB) -> None:
         async with db.transaction():
             await db.list_agents()
-            task = asyncio.create_task(db._do(lambda _: time.sleep(0.3)))
+            task = asyncio.create_task(db._do(lambda _: time.sleep(1.2)))
             await asyncio.sleep(0)
         await task
 
-    run(scenario, url, pool_size=1, busy_timeout=0.2)
+    run(scenario, url, pool_size=1, busy_timeout=1)
+
+
+def test_an_interrupt_of_the_event_loop_as_it_takes_a_worker_takes_none(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def main(at: int) -> None:
+        events = 0
+
+        def interrupt(frame: FrameType, kind: str, argument: object) -> None:
+            nonlocal events
+            if kind in ("call", "c_return") and frame.f_code.co_qualname == "Workers.pin":
+                events += 1
+                if events == at:
+                    raise KeyboardInterrupt  # Python then takes the profile function away.
+
+        sys.setprofile(interrupt)
+        async with db.transaction():
+            sys.setprofile(None)
+
+    async def last() -> None:
+        await until(lambda: not db._workers._pinned)
+        assert await db.list_agents() == []
+        await db.close()
+
+    monkeypatch.setattr(moai_flow.memory.workers, "_LOOK", 0.01)
+    db = AsyncSwarmDB(path, pool_size=1)
+    asyncio.run(main(0))
+    interrupted = 0
+    is_over = False
+    while not is_over:
+        try:
+            asyncio.run(main(interrupted + 1))
+            is_over = True
+        except KeyboardInterrupt:
+            interrupted += 1
+        finally:
+            sys.setprofile(None)
+    assert interrupted > 0
+    gc.collect()
+    asyncio.run(last())
+    join_workers()
+
+
+def test_a_block_that_is_over_keeps_nobody_from_the_worker_that_it_had(
+    url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    go_on, unpinned = threading.Event(), Workers.unpinned
+
+    def late(of: Workers, pinned: Pinned) -> None:
+        go_on.wait()
+        unpinned(of, pinned)
+
+    async def scenario(db: AsyncSwarmDB) -> None:
+        async with db.transaction():
+            await db.list_agents()
+        reading = asyncio.create_task(db.list_agents())
+        for _ in range(10):
+            await asyncio.sleep(0)
+        go_on.set()  # The worker was not quite done with the block until now.
+        assert await reading == []
+
+    monkeypatch.setattr(Workers, "unpinned", late)
+    run(scenario, url, pool_size=1, busy_timeout=0)
 
 
 def test_a_call_that_has_ended_leaves_no_timer(url: str) -> None:
@@ -1382,7 +1446,8 @@ def test_a_tracked_task_is_recorded_as_it_ended(url: str, clock: Clock) -> None:
             async with db.track_task("raises", "a"):
                 raise KeyError
         with pytest.raises(TimeoutError):
-            async with asyncio.timeout(0.01), db.track_task("cut off", "a"):
+            async with asyncio.timeout(None) as limit, db.track_task("cut off", "a"):
+                limit.reschedule(asyncio.get_running_loop().time())  # Entering it may take long.
                 await asyncio.sleep(3600)
         with pytest.raises(TimeoutError):
             async with db.track_task("times out", "a"), asyncio.timeout(0.01):
@@ -1521,7 +1586,8 @@ def test_a_tracked_agent_is_alive_for_as_long_as_its_block(url: str) -> None:
         (ended,) = await db.get_events(event_type="complete")
         assert ended.metadata_ == {"seen": 3}
         with pytest.raises(TimeoutError):
-            async with asyncio.timeout(0.01), db.track_agent("b", "t"):
+            async with asyncio.timeout(None) as limit, db.track_agent("b", "t"):
+                limit.reschedule(asyncio.get_running_loop().time())  # Entering it may take long.
                 await asyncio.sleep(3600)
         (failed,) = await db.get_events(event_type="error")
         assert failed.metadata_["outcome"] == "cancelled"

@@ -21,7 +21,7 @@ import pytest
 from sqlalchemy import QueuePool, create_engine
 from sqlalchemy.event import listen
 
-from moai_flow.memory import ClosedError, EventData, StorageError, SwarmDB, TransactionError
+from moai_flow.memory import ClosedError, EventData, StorageError, SwarmDB, TransactionError, forks
 from moai_flow.memory.connections import is_open_here
 from moai_flow.memory.forks import _uses, using
 from moai_flow.memory.restoring import restore_backup
@@ -513,18 +513,24 @@ def test_a_fork_whose_wait_was_interrupted_leaves_no_pool_to_the_child(
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
+    def interrupt_fork() -> None:
+        while not forks.under_way:
+            time.sleep(0.001)
+        os.kill(os.getpid(), signal.SIGUSR1)
+
     monkeypatch.setattr(sys, "unraisablehook", lambda _: None)  # Which is where Python puts it.
     usual = signal.signal(signal.SIGUSR1, interrupt)
     engine = create_engine(f"sqlite:///{path}", poolclass=QueuePool, connect_args={"check_same_thread": False})
     with SwarmDB(engine=engine) as db, SwarmDB(path.with_name("other.db")) as other:
         db.register_agent("a", "t")
         end = hold_block_of_another_thread(other)
-        timer = threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGUSR1))
-        timer.start()
+        monkeypatch.setattr(forks, "_CALLS_WAITED_FOR", 60)
+        interrupter = threading.Thread(target=interrupt_fork)
+        interrupter.start()
         try:
             fork_refused(path)
         finally:
-            timer.join()
+            interrupter.join()
             signal.signal(signal.SIGUSR1, usual)
             end()
         db.register_agent("b", "t")

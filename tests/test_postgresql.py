@@ -436,9 +436,9 @@ def test_read_modify_write_in_two_transactions_loses_no_update(store: SwarmDB) -
 
 
 def test_a_statement_that_takes_too_long_is_a_storage_error(postgres_url: str) -> None:
-    with SwarmDB(url=postgres_url, statement_timeout=0.1) as db:
+    with SwarmDB(url=postgres_url, statement_timeout=2) as db:
         with pytest.raises(psycopg.errors.QueryCanceled), db.transaction() as raw:
-            raw.execute("SELECT pg_sleep(10)")
+            raw.execute("SELECT pg_sleep(60)")
         db.register_agent("a", "t")
 
 
@@ -580,6 +580,7 @@ def test_the_pool_opens_as_many_connections_as_it_may(postgres_url: str) -> None
         leave.set()
         for holder in holders:
             holder.join()
+    with SwarmDB(url=postgres_url, pool_size=2) as db:
         with ThreadPoolExecutor(8) as pool:
             list(pool.map(lambda number: db.insert_event(EVENT), range(100)))
         name = make_url(postgres_url).database
@@ -701,6 +702,32 @@ def test_what_a_block_sets_on_its_connection_ends_with_it(store: SwarmDB) -> Non
         assert raw.execute("SELECT agent_id FROM agent_registry").fetchone() == ("a",)
 
 
+@contextlib.contextmanager
+def interrupted_as_it_waits(url: str, exception: type[BaseException]) -> Iterator[None]:
+    """Have a signal's handler raise *exception* in this thread, once the server says that somebody waits for a lock."""
+    waiting = "SELECT 1 FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'"
+
+    def interrupt(number: int, frame: object) -> None:
+        raise exception
+
+    def watch() -> None:
+        while not run(url, waiting):
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGUSR1)
+
+    while run(url, waiting):  # Of a connection that was given up, until the server notices.
+        time.sleep(0.01)
+    previous = signal.signal(signal.SIGUSR1, interrupt)
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        with pytest.raises(exception):
+            yield
+    finally:
+        watcher.join()
+        signal.signal(signal.SIGUSR1, previous)
+
+
 class SoftLimitError(Exception):
     """What a job queue raises in a job that takes too long."""
 
@@ -709,64 +736,40 @@ class SoftLimitError(Exception):
 def test_an_interrupt_in_the_middle_of_a_statement_leaves_the_pool_whole(
     postgres_url: str, exception: type[BaseException]
 ) -> None:
-    def interrupt(number: int, frame: object) -> None:
-        raise exception
-
     with SwarmDB(url=postgres_url, pool_size=1) as db, SwarmDB(url=postgres_url) as other:
         db.register_agent("a", "t")
-        previous = signal.signal(signal.SIGALRM, interrupt)
-        try:
-            for _ in range(3):
-                with other.transaction():
-                    other.update_agent_status("a", "running")
-                    signal.setitimer(signal.ITIMER_REAL, 0.1)
-                    with pytest.raises(exception):
-                        db.update_agent_status("a", "complete")
-                assert db.get_agent("a") is not None
-                db.register_agent("b", "t")
-        finally:
-            signal.signal(signal.SIGALRM, previous)
+        for _ in range(3):
+            with other.transaction():
+                other.update_agent_status("a", "running")
+                with interrupted_as_it_waits(postgres_url, exception):
+                    db.update_agent_status("a", "complete")
+            assert db.get_agent("a") is not None
+            db.register_agent("b", "t")
 
 
 def test_an_interrupt_that_is_caught_in_a_block_leaves_it_as_it_was(postgres_url: str, store: SwarmDB) -> None:
-    def interrupt(number: int, frame: object) -> None:
-        raise KeyboardInterrupt
-
     store.insert_event(EVENT)
-    previous = signal.signal(signal.SIGALRM, interrupt)
-    try:
-        with SwarmDB(url=postgres_url) as other, store.transaction():
-            store.register_agent("a", "t")
-            with other.transaction() as conn:
-                conn.execute("LOCK agent_events")
-                signal.setitimer(signal.ITIMER_REAL, 0.3)
-                with pytest.raises(KeyboardInterrupt):
-                    store.insert_event(EVENT)
-            store.register_agent("b", "t")
-    finally:
-        signal.signal(signal.SIGALRM, previous)
+    with SwarmDB(url=postgres_url) as other, store.transaction():
+        store.register_agent("a", "t")
+        with other.transaction() as conn:
+            conn.execute("LOCK agent_events")
+            with interrupted_as_it_waits(postgres_url, KeyboardInterrupt):
+                store.insert_event(EVENT)
+        store.register_agent("b", "t")
     assert len(store.list_agents()) == 2
 
 
 def test_an_interrupt_of_a_batch_ends_its_connection_and_the_block_though_it_is_caught(
     postgres_url: str, store: SwarmDB
 ) -> None:
-    def interrupt(number: int, frame: object) -> None:
-        raise KeyboardInterrupt
-
-    previous = signal.signal(signal.SIGALRM, interrupt)
-    try:
-        with SwarmDB(url=postgres_url) as other, other.transaction() as conn:
-            conn.execute("LOCK agent_events")
-            with pytest.raises(TransactionError, match="ended inside"), store.transaction():
-                store.register_agent("a", "t")
-                signal.setitimer(signal.ITIMER_REAL, 0.3)
-                with pytest.raises(KeyboardInterrupt):
-                    store.insert_events([EVENT] * 3)
-                # What the batch had not fetched would be taken for the answers to what comes next.
-                store.register_agent("b", "t")
-    finally:
-        signal.signal(signal.SIGALRM, previous)
+    with SwarmDB(url=postgres_url) as other, other.transaction() as conn:
+        conn.execute("LOCK agent_events")
+        with pytest.raises(TransactionError, match="ended inside"), store.transaction():
+            store.register_agent("a", "t")
+            with interrupted_as_it_waits(postgres_url, KeyboardInterrupt):
+                store.insert_events([EVENT] * 3)
+            # What the batch had not fetched would be taken for the answers to what comes next.
+            store.register_agent("b", "t")
     assert store.list_agents() == []
 
 
@@ -894,8 +897,11 @@ def test_deleting_a_key_many_times_at_once_is_no_error(store: SwarmDB) -> None:
     assert store.list_memories("s") == []
 
 
-def write_until_told(url: str, number: int, opened: Barrier, stop: Any, results: Any) -> None:
-    acknowledged, failures, after = [], [], 0
+def write_until_told(url: str, number: int, opened: Barrier, stop: Any, results: Any, steps: Any) -> None:
+    """Write, and note in *steps* how far this one is: 1 has written, 2 has met the stop, 3 has written after it."""
+    acknowledged: list[str] = []
+    failures: list[str] = []
+    after = 0
     with SwarmDB(url=url) as db:
         opened.wait()
         while not stop.is_set():
@@ -903,9 +909,11 @@ def write_until_told(url: str, number: int, opened: Barrier, stop: Any, results:
             try:
                 acknowledged.append(db.insert_event(EVENT, event_id=name))
                 after += 1
+                steps[number] = 3 if failures else 1
             except SwarmDBError:
                 failures.append(name)
                 after = 0
+                steps[number] = 2
                 time.sleep(0.01)
             except BaseException as error:
                 results.put((acknowledged, failures, after, repr(error)))
@@ -919,8 +927,14 @@ def test_8_writing_processes_go_on_after_the_server_was_stopped_and_started(
     SwarmDB(url=postgres_url).close()
     context = multiprocessing.get_context("spawn")
     opened, stop, results = context.Barrier(9), context.Event(), context.SimpleQueue()
+    steps = context.Array("b", 8, lock=False)
+
+    def wait_for(step: int) -> None:
+        while not all(one == step for one in steps):
+            time.sleep(0.01)
+
     writers = [
-        context.Process(target=write_until_told, args=(postgres_url, number, opened, stop, results))
+        context.Process(target=write_until_told, args=(postgres_url, number, opened, stop, results, steps))
         for number in range(8)
     ]
     for writer in writers:
@@ -929,11 +943,11 @@ def test_8_writing_processes_go_on_after_the_server_was_stopped_and_started(
     collector = threading.Thread(target=lambda: found.extend(results.get() for _ in writers))
     collector.start()
     opened.wait()
-    time.sleep(1)
+    wait_for(1)
     postgres_server.stop()
-    time.sleep(0.5)
+    wait_for(2)
     postgres_server.start()
-    time.sleep(2)
+    wait_for(3)
     stop.set()
     collector.join()
     for writer in writers:

@@ -808,14 +808,13 @@ def test_a_memory_that_has_not_expired_stays_though_a_cleanup_began_by_a_clock_t
 def test_it_waits_for_nobody(path: Path, clock: Clock) -> None:
     with (
         SwarmDB(path, clock=clock, busy_timeout=0.3) as db,
+        SwarmDB(path, clock=clock, busy_timeout=3600) as patient,
         closing(sqlite3.connect(path, isolation_level=None)) as raw,
     ):
         event(db, clock.now, "old")
         clock.advance(days=31)
         raw.execute("BEGIN IMMEDIATE")
-        begun = time.monotonic()
-        db._clean_if_due()
-        assert time.monotonic() - begun < 0.3  # Not even as long as the busy timeout.
+        patient._clean_if_due()  # Not even as long as the busy timeout, which is longer than a test may take.
         with pytest.raises(BusyError):
             event(db, clock.now)
         raw.execute("ROLLBACK")

@@ -2,13 +2,15 @@
 
 import asyncio
 import contextvars
+import gc
 import sqlite3
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, closing, suppress
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import psycopg
 import pytest
@@ -34,6 +36,7 @@ from moai_flow.memory import (
     TransactionError,
 )
 from moai_flow.memory.backends import translating
+from moai_flow.memory.scope import Block
 
 DRIVER_ERRORS = (sqlite3.Error, psycopg.Error)
 EVENT: EventData = {"event_type": "spawn", "agent_id": "a", "agent_type": "t"}
@@ -120,7 +123,7 @@ def test_an_inner_block_that_nobody_can_end_is_not_kept_though_its_own_undoing_w
     db: SwarmDB, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def interrupt(frame: FrameType, kind: str, argument: object) -> None:
-        if kind == "call" and frame.f_code.co_name == "abandon":
+        if kind == "call" and frame.f_code.co_name == "_abandon_at_last":
             raise KeyboardInterrupt  # Python then takes the profile function away.
 
     monkeypatch.setattr(sys, "unraisablehook", lambda _: None)
@@ -268,22 +271,95 @@ def test_an_interrupt_at_any_step_of_the_end_of_a_block_leaves_no_connection_tha
     assert agents(db) in ({"a", "c"}, {"a", "b", "c"})
 
 
-def test_a_block_that_an_interrupt_kept_from_being_ended_takes_no_more_writes(db: SwarmDB) -> None:
+def interrupted(*_: object, **options: object) -> None:
+    raise KeyboardInterrupt
+
+
+def _plain(block: AbstractContextManager[object], work: Callable[[], object]) -> None:
+    with block:
+        work()
+
+
+def _stacked(block: AbstractContextManager[object], work: Callable[[], object]) -> None:
+    with ExitStack() as stack:
+        stack.enter_context(block)
+        work()
+
+
+@pytest.mark.parametrize("step", ["_Ending.__call__", "Block.leave"])
+@pytest.mark.parametrize("use", [_plain, _stacked])
+@pytest.mark.parametrize("is_named", [False, True])
+def test_a_block_that_an_interrupt_kept_from_being_ended_takes_no_more_writes(
+    db: SwarmDB, step: str, use: Callable[[Any, Any], None], *, is_named: bool
+) -> None:
     def interrupt(frame: FrameType, kind: str, argument: object) -> None:
-        if kind == "call":  # Of whatever function of Python's comes first, before its first line.
+        if kind == "call" and frame.f_code.co_qualname == step:  # Before its first line.
             raise KeyboardInterrupt  # Python then takes the profile function away.
 
+    def work() -> None:
+        db.register_agent("a", "t")
+        sys.setprofile(interrupt)
+
+    names = []
+    gc.disable()  # An exception that went through an `ExitStack` waits for it.
     try:
-        with db.transaction():
-            db.register_agent("a", "t")
-            sys.setprofile(interrupt)
-    except KeyboardInterrupt:
+        try:
+            if is_named:
+                names.append(db.transaction())
+                use(names[0], work)
+            else:
+                use(db.transaction(), work)
+        except KeyboardInterrupt:
+            sys.setprofile(None)
+            assert db._connections.local.blocks == []
+            db.register_agent("b", "t")  # While the interrupt's traceback is still there.
+        db.register_agent("c", "t")
+    finally:
         sys.setprofile(None)
+        gc.enable()
+    names.clear()
+    with db.transaction():
+        db.register_agent("d", "t")
+    assert agents(db) == {"b", "c", "d"}
+
+
+def test_a_named_block_that_two_interrupts_kept_from_beginning_and_ending_takes_no_writes(
+    db: SwarmDB, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    block = db.transaction()
+    monkeypatch.setattr(Block, "leave", interrupted)
+    monkeypatch.setattr(block, "_give", interrupted)
+    try:
+        with block:
+            raise AssertionError
+    except KeyboardInterrupt:
         assert db._connections.local.blocks == []
-        db.register_agent("b", "t")  # While the interrupt's traceback is still there.
-        with db.transaction():
-            db.register_agent("c", "t")
-    assert agents(db) == {"b", "c"}
+        db.register_agent("a", "t")
+    monkeypatch.undo()
+    db.register_agent("b", "t")
+    del block
+    assert agents(db) == {"a", "b"}
+
+
+def test_an_interrupt_at_the_abandoning_of_a_block_does_not_keep_its_lock(
+    file_db: SwarmDB, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(frame: FrameType, kind: str, argument: object) -> None:
+        if kind == "call" and frame.f_code.co_name == "discard":
+            raise KeyboardInterrupt  # Python then takes the profile function away.
+
+    lost: list[object] = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda unraisable: lost.append(unraisable.exc_type))
+    monkeypatch.setattr(Block, "leave", interrupted)
+    try:
+        with pytest.raises(KeyboardInterrupt), file_db.transaction():
+            file_db.register_agent("a", "t")
+            sys.setprofile(interrupt)
+    finally:
+        sys.setprofile(None)
+    assert lost == [KeyboardInterrupt]
+    with closing(sqlite3.connect(file_db.db_path, timeout=0)) as other:
+        other.execute("BEGIN IMMEDIATE")
 
 
 def test_a_connection_of_a_single_call_on_which_an_interrupt_came_is_not_used_again(file_db: SwarmDB) -> None:

@@ -133,7 +133,8 @@ class Subject:
         if not self._is_on_server:
             self._number += 1
             self._url = f"sqlite:///{self.folder}/{self._number}.db"
-        db = SwarmDB(url=self._url, clock=self._clock, busy_timeout=0.2)
+        # A server takes a while to notice that a connection is gone, and keeps its locks until then.
+        db = SwarmDB(url=self._url, clock=self._clock, busy_timeout=20 if self._is_on_server else 0.2)
         if self._is_on_server:
             with db.transaction() as conn:
                 names = "agent_events, agent_registry, session_memory, task_metrics, agent_metrics, swarm_metrics"

@@ -1,6 +1,7 @@
 """Who owns the open transaction, and on which connection a call runs."""
 
 import asyncio
+import operator
 import os
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -199,7 +200,14 @@ class Block:
     def abandon_with(self, owner: object) -> None:
         """Abandon the block once nobody has *owner* any more, if each try to end it was interrupted."""
         # A destructor would always run, and swallow an interrupt that comes just then.
-        self._guard = weakref.ref(owner, lambda _: self.abandon())
+        self._guard = weakref.ref(owner, self._abandon_at_last)
+
+    def _abandon_at_last(self, _: object) -> None:
+        try:
+            self.abandon()
+        except BaseException:  # One more interrupt, which goes nowhere from here, and must not leave the lock.
+            self.abandon()
+            raise
 
     def _keep(self) -> None:
         _innermost(self._blocks, self.task)  # What is abandoned inside would be kept as well.
@@ -311,7 +319,7 @@ _INHERITED = "this block was opened before a fork: its transaction is the parent
 
 
 class _Ending:
-    """What a ``with`` statement calls at its end; only by `_Opening.end`, which no frame of Python's has meanwhile."""
+    """What ends the block of an `_Opening`, by which alone it is called."""
 
     block: Block | None = None
 
@@ -332,27 +340,22 @@ class _Ending:
 
 
 class _Exit:
-    """Gives a ``with`` statement the end of the block itself, not a method of `_Opening`.
+    """Makes what ends a block no method, but the `_Opening` itself, which is called.
 
     An interrupt can come at the first step of a function, before its first line. The frame in its traceback has the
     function's arguments then, of a method also the object, for as long as anybody has the error.
     """
 
     def __get__(self, opening: "_Opening[Any] | None", kind: type["_Opening[Any]"]) -> Callable[..., None]:
-        return _end if opening is None else opening.end
-
-
-def _end(opening: "_Opening[Any]", *raised: Any) -> None:
-    """End the block for `contextlib.ExitStack`, which asks the class."""
-    opening.end(*raised)
+        return operator.call if opening is None else opening  # `contextlib.ExitStack` asks the class.
 
 
 class _Opening(AbstractContextManager[G]):
     """Opens a block for a ``with`` statement, and ends it, wherever interrupts come, and however many.
 
     It is no generator: an exception that comes out of one in the place of the one that went in leaves a reference cycle
-    behind, with the frames of all callers. An interrupt inside SQLAlchemy still does so, but those frames have let go
-    of this object by then, and the block is abandoned once nobody has what ends it.
+    behind, with the frames of all callers. An interrupt inside SQLAlchemy, or `contextlib.ExitStack`, still does so,
+    but none of those frames has what ends the block, and it is abandoned once nobody has.
     """
 
     def __init__(self, scope: "Scope", give: Callable[[Block], G], **options: bool) -> None:
@@ -360,22 +363,31 @@ class _Opening(AbstractContextManager[G]):
         self._give = give
         self._options = options
         self._ending = _Ending(scope)
-        self.end = partial(self._ending)
+        self._ends: dict[str, Callable[..., None]] = {}
+        self.hand_over = partial(self._ends.pop, "the block", self._ending)
+
+    #: To call it is to hand over what ends the block, and to call that: then nobody else has it, even where this object
+    #: has a name. All of it is done in C, up to the first line of `_Ending`, so that no interrupt comes between.
+    __call__ = property(operator.methodcaller("hand_over"))
 
     def __enter__(self) -> G:
-        if self._ending.block is not None:
-            raise RuntimeError("a transaction is entered once; each block needs one of its own")
+        end: Callable[..., None] | None = None
         try:
+            if self._ending.block is not None:
+                raise RuntimeError("a transaction is entered once; each block needs one of its own")
+            end = partial(self._ending)
             block = self._ending.block = self._scope._new_block(**self._options)
-            block.abandon_with(self.end)
+            block.abandon_with(end)
             try:
                 block.begin()
-                return self._give(block)
+                given = self._give(block)
+                self._ends["the block"] = end  # No call, so that no interrupt comes between this and the return.
+                return given
             except BaseException:
                 block.leave(keep=False)
                 raise
         finally:
-            del self
+            del self, end
 
     __exit__ = _Exit()
 

@@ -386,6 +386,7 @@ class Pinned:
 
     def release(self) -> None:
         """Let the worker go, after the jobs before this."""
+        self._workers.released(self)
         try:
             assert self.place is not None
             del self.place[self]
@@ -468,14 +469,17 @@ class Workers:
         self._is_idle = threading.Condition(self._lock)
         self._waiting = Queue()
         self._serving: set[_Serving] = set()
-        self._pinned: set[Pinned] = set()
+        # Those that somebody has are what counts: an interrupt, wherever it comes, leaves none behind.
+        self._pinned: weakref.WeakSet[Pinned] = weakref.WeakSet()
+        #: Those of them that a task still has, and may have for as long as it likes.
+        self._held: weakref.WeakSet[Pinned] = weakref.WeakSet()
         #: The event loops that are going to look. Each does, while something waits: another may be stuck, or closed.
         self._looking: weakref.WeakSet[AbstractEventLoop] = weakref.WeakSet()
 
     @property
     def are_all_pinned(self) -> bool:
         """Whether transactions have all workers, so that what is submitted waits until one ends."""
-        return len(self._pinned) >= self._most
+        return len(self._held) >= self._most
 
     def submit(self, work: Runnable) -> bool:
         """Have a worker do *work*, when one is free; False says that they were let go.
@@ -506,6 +510,7 @@ class Workers:
         """
         pinned, is_taken = Pinned(self), False
         self._pinned.add(pinned)
+        self._held.add(pinned)
         try:
             is_taken = self.submit(pinned)
         finally:
@@ -513,8 +518,13 @@ class Workers:
                 self.unpinned(pinned)
         return pinned if is_taken else None
 
+    def released(self, pinned: Pinned) -> None:
+        """Count one less that a task still has: who waits for it now waits for the end of what it has begun."""
+        self._held.discard(pinned)
+
     def unpinned(self, pinned: Pinned) -> None:
         """Count one less that is kept for a task."""
+        self._held.discard(pinned)
         self._pinned.discard(pinned)
 
     def _serve_more(self) -> None:
