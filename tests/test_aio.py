@@ -470,6 +470,41 @@ def test_a_transaction_that_is_gone_with_its_loop_and_its_database_is_rolled_bac
     assert in_a_process(program, path) == "['whole']\n"
 
 
+@pytest.mark.parametrize("call", ["db.list_agents()", "block()"])
+def test_an_interrupt_as_results_are_given_back_ends_the_loop_and_loses_none(path: Path, call: str) -> None:
+    program = """
+    events = 0
+    def interrupt_at(number):
+        def interrupt(frame, kind, argument):
+            global events
+            if frame.f_code.co_qualname in ("_Returned._take", "Job.settle") and kind in ("call", "c_return"):
+                events += 1
+                if events == number:
+                    raise KeyboardInterrupt
+        return interrupt
+    async def block():
+        async with db.transaction():
+            pass
+    async def main(number):
+        await db.list_agents()
+        sys.setprofile(interrupt_at(number))
+        try:
+            await CALL
+        finally:
+            sys.setprofile(None)
+    db, number = AsyncSwarmDB(path, pool_size=1), 0
+    while events >= number:
+        events, number = 0, number + 1
+        try:
+            asyncio.run(main(number))
+        except KeyboardInterrupt:
+            pass
+    print(number)
+    asyncio.run(db.close())
+    """
+    assert int(in_a_process(program.replace("CALL", call), path)) > 5
+
+
 def test_an_interpreter_ends_with_a_database_that_was_never_closed(path: Path) -> None:
     program = """
     async def main():
@@ -821,24 +856,32 @@ def test_calls_and_blocks_that_are_given_up_while_they_wait_for_a_worker_leave_n
     run(scenario, url, pool_size=1)
 
 
-def test_an_interrupt_while_results_are_given_back_loses_none_of_the_others() -> None:
-    class Interrupted(Job[bool]):
-        def settle(self) -> None:
-            raise KeyboardInterrupt
+def test_an_interrupt_while_results_are_given_back_loses_none() -> None:
+    class Interrupted(Job[int]):
+        was_interrupted = False
 
-    others: list[asyncio.Task[int]] = []
+        def settle(self) -> None:
+            if not self.was_interrupted:
+                self.was_interrupted = True
+                raise KeyboardInterrupt
+            super().settle()
+
+    waiting: list[asyncio.Task[int]] = []
 
     def give_back() -> None:
-        interrupted, other = Interrupted(bool), Job(lambda: 5)
-        interrupted.run()
-        other.run()
-        others.append(loop.create_task(other.wait()))
+        for job in (Interrupted(lambda: 4), Job(lambda: 5)):
+            job.run()
+            waiting.append(loop.create_task(job.wait()))
+
+    async def rest() -> list[int]:
+        async with asyncio.timeout(10):
+            return await asyncio.gather(*waiting)
 
     with closing(asyncio.new_event_loop()) as loop:
         loop.call_soon(give_back)
         with pytest.raises(KeyboardInterrupt):
             loop.run_forever()
-        assert loop.run_until_complete(asyncio.wait_for(others[0], 10)) == 5
+        assert loop.run_until_complete(rest()) == [4, 5]
 
 
 def test_a_loop_looks_after_everything_else_between_results_however_many_come_back() -> None:

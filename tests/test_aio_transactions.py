@@ -342,6 +342,44 @@ def test_what_was_begun_in_a_block_is_done_as_a_whole_though_it_is_given_up(url:
     run(scenario, url)
 
 
+@pytest.mark.parametrize("before", [0, 1])
+def test_a_statement_that_is_begun_in_a_block_after_it_was_given_up_does_not_wait(
+    postgres_url: str, before: int
+) -> None:
+    begun, go_on = threading.Event(), threading.Event()
+
+    def change(raw: Any) -> None:
+        for _ in range(before):
+            raw.execute("SELECT 1")
+        begun.set()
+        go_on.wait()
+        raw.execute("UPDATE agent_registry SET agent_type = 'u'")  # What another has locked.
+
+    async def scenario(db: AsyncSwarmDB) -> None:
+        await register(db, "a")
+
+        async def block() -> None:
+            async with db.transaction() as conn:
+                await db.store_memory("s", "semantic", "k", "v")
+                with suppress(asyncio.CancelledError):
+                    await conn.run(change)
+
+        with SwarmDB(url=postgres_url) as other, other.transaction():
+            other.update_agent_status("a", "running")
+            task = asyncio.create_task(block())
+            await until(begun.is_set)
+            task.cancel()
+            await asyncio.sleep(0)
+            go_on.set()
+            await asyncio.wait([task], timeout=20)
+            assert task.done()
+        # A server's transaction is over with a statement that it stopped, but not with one that it never got.
+        assert isinstance(task.exception(), TransactionError) == bool(before)
+        assert await db.get_memory("s", "semantic", "k") == (None if before else "v")
+
+    run(scenario, postgres_url, busy_timeout=3600)
+
+
 def test_a_call_in_a_block_that_waits_for_a_row_is_cut_off_and_the_block_goes_on(postgres_url: str) -> None:
     async def scenario(db: AsyncSwarmDB) -> None:
         await register(db, "contended")

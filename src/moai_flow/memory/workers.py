@@ -87,14 +87,17 @@ class _State(Enum):
 class _Cancelling:
     """A statement that is being cancelled, by a thread of its own: it takes a connection to the server."""
 
-    def __init__(self, cancel: Callable[[], bool]) -> None:
+    def __init__(self, cancel: Callable[[], bool], after: float = 0) -> None:
+        """Send *cancel* in so many seconds, and until the statement has ended."""
         self._cancel = cancel
+        self._after = after
         self._has_ended = threading.Event()
         self._is_certain = True
         self._thread = threading.Thread(target=self._run, name="swarmdb-cancel")
         self._thread.start()
 
     def _run(self) -> None:
+        self._has_ended.wait(self._after)
         # The first may come before the statement has reached the server.
         while self._is_certain and not self._has_ended.is_set():
             self._is_certain = False
@@ -130,16 +133,22 @@ class _Returned:
             with suppress(RuntimeError):  # The loop is closed: nobody waits any more.
                 loop.call_soon_threadsafe(self._take)
 
+    def look_again(self) -> None:
+        """Look for what has ended: an interrupt may have come in the place of the look that was expected."""
+        loop = self._loop()
+        if loop is not None:
+            self._is_expected = True
+            loop.call_soon(self._take)
+
     def _take(self) -> None:
         self._is_expected = False  # From here on, whoever comes too late for this round asks for another.
         try:
             for _ in range(min(len(self._ended), _AT_ONCE)):
-                self._ended.popleft().settle()
-        finally:  # An interrupt ends the loop, but it may be run again.
-            loop = self._loop()
-            if self._ended and not self._is_expected and loop is not None:
-                self._is_expected = True
-                loop.call_soon(self._take)
+                self._ended[0].settle()
+                self._ended.popleft()  # Only now: an interrupt ends the loop, but it is run again, to its end at least.
+        finally:
+            if self._ended and not self._is_expected:
+                self.look_again()
 
 
 class Runnable(Protocol):
@@ -169,6 +178,7 @@ class Job(Generic[T]):
         "_end",
         "_error",
         "_future",
+        "_has_begun",
         "_lock",
         "_loop",
         "_result",
@@ -202,6 +212,7 @@ class Job(Generic[T]):
         self._error: BaseException | None = None
         self._cancel: Callable[[], bool] | None = None
         self._cancelling: _Cancelling | None = None
+        self._has_begun = False  # To send statements to a server.
         self.is_in_block = is_in_block
         self.is_given_up = False
         self.has_failed = False
@@ -241,8 +252,12 @@ class Job(Generic[T]):
     def statement_begins(self, cancel: Callable[[], bool]) -> bool:
         """Note how to cancel a statement; see the function of this name."""
         with self._lock:
-            if self.is_given_up and not self.is_in_block:
-                return False
+            if self.is_given_up:
+                if not self.is_in_block or not self._has_begun:
+                    return False
+                # What it has begun in the block is done as a whole; but not if it waits for others.
+                self._cancel_later(cancel, _AGAIN)
+            self._has_begun = True
             self._cancel = cancel
             return True
 
@@ -256,22 +271,22 @@ class Job(Generic[T]):
     # In the event loop
 
     def settle(self) -> None:
-        """Tell who waits for it that it has ended."""
-        self._state = _State.ENDED
-        # The error's traceback has frames that have the job: in a circle, they would keep connections alive.
-        future = self._future
-        del self._future
-        error, self._error = self._error, None
-        result, self._result = self._result, None
-        if isinstance(error, StopIteration):  # A future refuses it, since a coroutine can't raise it.
-            stopped, error = error, RuntimeError("a call raised StopIteration, which no coroutine can")
-            error.__cause__ = stopped
-        if future.done():
-            pass  # Nobody waits for it any more.
-        elif error is None:
-            future.set_result(result)  # type: ignore[arg-type]
-        else:
-            future.set_exception(error)
+        """Tell who waits for it that it has ended; again, which does no harm, if that was interrupted."""
+        if self._state is not _State.ENDED:
+            future, error = self._future, self._error
+            if isinstance(error, StopIteration):  # A future refuses it, since a coroutine can't raise it.
+                error = RuntimeError("a call raised StopIteration, which no coroutine can")
+                error.__cause__ = self._error
+            if future.done():
+                pass  # Nobody waits for it any more.
+            elif error is None:
+                future.set_result(self._result)  # type: ignore[arg-type]
+            else:
+                future.set_exception(error)
+            self._state = _State.ENDED
+            # The error's traceback has frames that have the job: in a circle, they would keep connections alive.
+            del self._future
+            self._error = self._result = None
         if self._end is not None and not self._end.done():
             self._end.set_result(None)
 
@@ -290,6 +305,7 @@ class Job(Generic[T]):
             return await future
         except CancelledError:
             self._give_up()
+            self._returned.look_again()
             while not self._is_decided():
                 with suppress(CancelledError):  # Cancelled again and again, it is raised once.
                     await self._ended()
@@ -313,6 +329,7 @@ class Job(Generic[T]):
                     await self._ended()
                 except CancelledError as error:
                     cancellation = error
+                    self._returned.look_again()
             if cancellation is not None:
                 raise cancellation from future.exception()
             return future.result()
@@ -340,8 +357,11 @@ class Job(Generic[T]):
             elif self._state is _State.RUNNING:
                 self.is_given_up = True
                 if self._cancel is not None:
-                    with suppress(RuntimeError):  # There is no thread to be had: the statement goes on to its end.
-                        self._cancelling = _Cancelling(self._cancel)
+                    self._cancel_later(self._cancel)
+
+    def _cancel_later(self, cancel: Callable[[], bool], after: float = 0) -> None:
+        with suppress(RuntimeError):  # There is no thread to be had: the statement goes on to its end.
+            self._cancelling = _Cancelling(cancel, after)
 
     def _drop(self) -> None:
         self._state = _State.DROPPED
