@@ -77,6 +77,7 @@ def test_the_latest_write_wins_by_sequence_and_not_by_clock(db: SwarmDB, clock: 
     db.store_memory("s", "semantic", "k", "third")
     assert db.get_memory("s", "semantic", "k") == "third"
     assert [memory.value for memory in db.list_memories("s")] == ["third"]
+    assert [memory.value for memory in db.memory_history("s", "semantic", "k")] == ["third", "second", "first"]
 
 
 def test_none_is_stored_and_default_answers_absence_only(db: SwarmDB) -> None:
@@ -144,18 +145,29 @@ def test_deleting_removes_the_history_and_says_whether_the_key_was_live(db: Swar
     assert db.memory_history("s", "semantic", "k") == []
 
 
+def test_deleting_and_the_history_are_of_one_key_of_one_type_of_one_session(db: SwarmDB) -> None:
+    others = [("t", "semantic", "k"), ("s", "episodic", "k"), ("s", "semantic", "l")]
+    for address in [*others, ("s", "semantic", "k"), *others]:
+        db.store_memory(*address, value=address)  # type: ignore[arg-type]
+
+    assert [memory.value for memory in db.memory_history("s", "semantic", "k")] == [["s", "semantic", "k"]]
+    assert db.delete_memory("s", "semantic", "k") is True
+    for address in others:
+        assert [memory.value for memory in db.memory_history(*address)] == [list(address)] * 2  # type: ignore[arg-type]
+
+
 def test_a_session_lists_the_latest_of_each_key(db: SwarmDB) -> None:
     for memory_type, key, value in [
         ("semantic", "b", 1),
         ("semantic", "a", 2),
-        ("episodic", "a", 3),
+        ("episodic", "z", 3),
         ("semantic", "b", 4),
     ]:
         db.store_memory("s", MemoryType(memory_type), key, value)
     db.store_memory("other", "semantic", "a", 5)
 
     assert [(m.memory_type, m.key, m.value) for m in db.list_memories("s")] == [
-        ("episodic", "a", 3),
+        ("episodic", "z", 3),
         ("semantic", "a", 2),
         ("semantic", "b", 4),
     ]
