@@ -1,13 +1,14 @@
 """Cross-session memory."""
 
 import dataclasses
+from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 
 from conftest import Clock
 from moai_flow.memory import CorruptDataError, InvalidInputError, MemoryType, SwarmDB
@@ -250,3 +251,63 @@ def test_null_of_an_older_program_reads_as_none(db: SwarmDB) -> None:
     nothing: Any = type(None)
     assert db.get_memory("s", "semantic", "k", as_type=nothing, default=1) is None
     assert db.list_memories("s")[0].value is None
+
+
+def test_memories_of_a_type_that_an_older_program_wrote_are_found_by_it(db: SwarmDB) -> None:
+    dream = MemoryType.read("dream")
+    with db.transaction() as conn:
+        conn.execute(
+            "INSERT INTO session_memory (session_id, memory_type, key, value, timestamp) "
+            "VALUES ('s', 'dream', 'k', '1', '2025-11-30T10:00:00.000000+00:00')"
+        )
+    db.store_memory("s", "semantic", "k", 2)
+
+    assert db.get_memory("s", dream, "k") == 1
+    assert [memory.value for memory in db.memory_history("s", dream, "k")] == [1]
+    assert [(memory.memory_type, memory.value) for memory in db.list_memories("s", dream)] == [(dream, 1)]
+    assert db.delete_memory("s", dream, "k") is True
+    assert [memory.value for memory in db.list_memories("s")] == [2]
+
+
+def test_an_expired_value_that_is_no_json_is_absent_like_any_other(local_db: SwarmDB, clock: Clock) -> None:
+    local_db.store_memory("s", "semantic", "k", 1, ttl_hours=1)
+    local_db.store_memory("s", "semantic", "l", 2)
+    with local_db.transaction() as conn:
+        conn.execute("UPDATE session_memory SET value = '{' WHERE key = 'k'")
+    with pytest.raises(CorruptDataError, match="value"):
+        local_db.list_memories("s")
+
+    clock.advance(hours=1)
+    assert [memory.value for memory in local_db.list_memories("s")] == [2]
+    assert local_db.get_memory("s", "semantic", "k", default="absent") == "absent"
+
+
+@pytest.mark.parametrize(
+    ("column", "stored"), [("ttl_hours", "'long'"), ("ttl_hours", "x'01'"), ("timestamp", "'soon'")]
+)
+def test_an_end_that_cannot_be_told_is_named(local_db: SwarmDB, column: str, stored: str) -> None:
+    local_db.store_memory("s", "semantic", "k", 1, ttl_hours=1)
+    with local_db.transaction() as conn:
+        conn.execute(f"UPDATE session_memory SET {column} = {stored}")
+
+    calls: list[Callable[[], Any]] = [
+        lambda: local_db.get_memory("s", "semantic", "k"),
+        lambda: local_db.list_memories("s"),
+        lambda: local_db.delete_memory("s", "semantic", "k"),
+    ]
+    for call in calls:
+        with pytest.raises(CorruptDataError, match=column):
+            call()
+
+
+def test_the_fault_of_a_value_keeps_what_found_it(local_db: SwarmDB) -> None:
+    local_db.store_memory("s", "semantic", "k", {"no": "language"})
+    with pytest.raises(InvalidInputError) as refused:
+        local_db.get_memory("s", "semantic", "k", as_type=Prefs)
+    assert isinstance(refused.value.__cause__, ValidationError)
+
+    with local_db.transaction() as conn:
+        conn.execute("UPDATE session_memory SET value = '{'")
+    with pytest.raises(CorruptDataError) as corrupt:
+        local_db.get_memory("s", "semantic", "k")
+    assert isinstance(corrupt.value.__cause__, ValueError)

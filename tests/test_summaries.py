@@ -476,6 +476,14 @@ def test_a_series_has_its_empty_buckets(db: SwarmDB) -> None:
     assert [bucket.value for bucket in db.metric_series("success_rate", bucket=DAY)] == [0.5]
 
 
+def test_a_zero_has_no_sign(db: SwarmDB) -> None:
+    db.store_swarm_metric("s", "health", -0.0)
+
+    health = db.summarize_swarm("s").figures[SwarmMetricType.HEALTH]
+    values = (health.latest, health.mean, health.minimum, health.maximum, health.p50, health.p95, health.p99)
+    assert [math.copysign(1, value) for value in values] == [1] * 7
+
+
 @pytest.mark.parametrize("sign", [1, -1])
 def test_a_sum_that_no_float_holds_is_infinite(db: SwarmDB, sign: int) -> None:
     for _ in range(2):
@@ -669,6 +677,21 @@ def test_too_many_buckets_are_refused_before_anything_is_added_up(db: SwarmDB) -
     assert len(db.metric_series("duration_ms", bucket=timedelta(seconds=2))) == 50_001
 
 
+@pytest.mark.parametrize("bounds", [{}, {"until": NOON + HOUR}, {"since": NOON, "until": NOON + 2 * DAY}])
+def test_they_are_refused_by_the_first_and_the_last_time_alone(path: Path, bounds: dict[str, Any]) -> None:
+    class Idle(SwarmDB):
+        """Adds nothing up."""
+
+        def _figure_rows(self, *arguments: Any, **options: Any) -> Any:
+            raise AssertionError("it was asked to add up")
+
+    with Idle(path) as db:
+        for moment in (NOON - 2 * DAY, NOON):
+            db.store_task_metric("t", "a", 1, "success", timestamp=moment)
+        with pytest.raises(InvalidInputError, match="at most 100,000 buckets"):
+            db.metric_series("duration_ms", bucket=timedelta(seconds=1), **bounds)
+
+
 # What is refused
 
 
@@ -775,6 +798,16 @@ def test_a_time_that_cannot_be_put_into_a_bucket_is_named(local_db: SwarmDB, sto
         with pytest.raises(CorruptDataError) as caught:
             call()
         assert (caught.value.column, caught.value.row) == ("timestamp", {"metric_id": 1})
+
+
+@pytest.mark.parametrize("bounds", [{}, {"since": NOON - DAY}])
+def test_it_is_named_where_no_other_time_is_there(local_db: SwarmDB, bounds: dict[str, Any]) -> None:
+    local_db.store_swarm_metric("s", "health", 5)
+    with local_db.transaction() as conn:
+        conn.execute("UPDATE swarm_metrics SET timestamp = 'soon'")
+
+    with pytest.raises(CorruptDataError, match=r"timestamp of the row with metric_id=1"):
+        local_db.metric_series(SwarmMetricType.HEALTH, bucket=HOUR, **bounds)
 
 
 def test_times_in_other_formats_are_put_where_they_read(local_db: SwarmDB) -> None:

@@ -146,7 +146,7 @@ class MemoryOperations(Scope):
             if as_type is None:
                 return None if stored is None else decode_json(stored)
             return _validated(as_type, "null" if stored is None else stored)
-        except (ValueError, TypeError) as error:
+        except ValueError as error:
             if isinstance(error, InvalidInputError):
                 raise
             raise self._latest_fault(row) from error
