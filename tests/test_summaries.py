@@ -20,7 +20,7 @@ import psycopg
 import pytest
 from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
-from sqlalchemy import delete
+from sqlalchemy import create_engine, delete
 
 from moai_flow.memory import (
     AgentMetric,
@@ -363,25 +363,26 @@ def test_the_numbers_have_the_types_that_they_are_declared_with(db: SwarmDB) -> 
 
 
 def test_results_of_older_programs_are_members_too(db: SwarmDB) -> None:
-    fill(db, [TaskMetric(task_id=f"t{n}", agent_id="a", result=TaskResult.read(word)) for n, word in enumerate("zyz")])
+    fill(db, [TaskMetric(task_id=f"t{n}", agent_id="a", result=TaskResult.read(word)) for n, word in enumerate("zYaz")])
 
     results = db.summarize_tasks().results
-    assert list(results.items()) == [*((result, 0) for result in TaskResult), ("y", 1), ("z", 2)]
+    assert list(results.items()) == [*((result, 0) for result in TaskResult), ("Y", 1), ("a", 1), ("z", 2)]
     assert all(isinstance(result, TaskResult) for result in results)
     assert db.summarize_tasks().success_rate == 0
 
 
 def test_types_of_figures_that_older_programs_wrote_are_members_too(db: SwarmDB) -> None:
     mood = SwarmMetricType.read("mood")
+    others = (SwarmMetricType.read("Zeal"), mood, SwarmMetricType.read("awe"))
     fill(
         db,
         [
             SwarmMetric(swarm_id="s", metric_type=kind, value=1.0, timestamp=NOON)
-            for kind in (mood, SwarmMetricType.LATENCY, SwarmMetricType.HEALTH)
+            for kind in (*others, SwarmMetricType.LATENCY, SwarmMetricType.THROUGHPUT)
         ],
     )
 
-    assert list(db.summarize_swarm("s").figures) == ["health", "latency", "mood"]
+    assert list(db.summarize_swarm("s").figures) == ["throughput", "latency", "Zeal", "awe", "mood"]
     assert db.metric_series(mood, bucket=DAY, agg="sum") == [MetricBucket(NOON.replace(hour=0), 1, 1.0)]
 
 
@@ -845,6 +846,16 @@ def test_what_only_a_server_holds_is_named(postgres_url: str, column: str) -> No
         ):
             with pytest.raises(CorruptDataError, match=f"{column.split()[0]} of the row with metric_id=2"):
                 call()
+
+
+def test_the_newest_figures_time_is_in_utc_whatever_zone_a_callers_engine_has(postgres_url: str) -> None:
+    engine = create_engine(postgres_url, connect_args={"options": "-c TimeZone=Asia/Tokyo"})
+    with SwarmDB(engine=engine) as db:
+        db.store_swarm_metric("s", "health", 5, timestamp=NOON)
+        latest_at = db.summarize_swarm("s").figures[SwarmMetricType.HEALTH].latest_at
+
+    assert (latest_at, latest_at.tzinfo) == (NOON, UTC)
+    engine.dispose()
 
 
 # Inside transactions

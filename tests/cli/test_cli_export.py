@@ -169,6 +169,7 @@ def execute(path: Path, statement: str, *values: object) -> None:
         ),
         ('{"NaN": NaN, "-Infinity \\" NaN": [Infinity, -Infinity]}', '{"NaN":null,"-Infinity \\" NaN":[null,null]}'),
         ('{"a":[NaN,-Infinity],"b":"NI"}', '{"a":[null,null],"b":"NI"}'),
+        *((f'{{"a":{number},"b":"NI"}}', '{"a":null,"b":"NI"}') for number in ("NaN", "Infinity", "-Infinity")),
         ('{"a": "\\ud800 \\u0000 \\\\"}', '{"a":"\\ud800 \\u0000 \\\\"}'),
         (None, "{}"),
     ],
@@ -194,6 +195,8 @@ def test_what_raw_sql_left_out_reads_as_it_does_elsewhere(swarmdb: Command, stor
     assert (task["tokens_used"], task["duration_ms"], metric["value"]) == (0, None, None)
     assert {row["value"] for row in lines(exported(swarmdb, "session_memory", "--db", store))} == {None}
     assert ",context_hint,tone,,20" in exported(swarmdb, "session_memory", "--format", "csv", "--db", store)
+    (cells,) = csv.DictReader(io.StringIO(exported(swarmdb, "task_metrics", "--format", "csv", "--db", store)))
+    assert (cells["tokens_used"], cells["duration_ms"]) == ("0", "")
 
 
 @pytest.mark.parametrize(
