@@ -832,6 +832,21 @@ def test_a_figure_that_is_not_finite_is_named(local_db: SwarmDB, value: str) -> 
         local_db.summarize_swarm("s")
 
 
+def test_what_is_named_is_within_what_was_asked_for(local_db: SwarmDB) -> None:
+    for swarm, day in (("r", NOON), ("s", NOON - DAY), ("s", NOON), ("s", NOON + DAY)):
+        local_db.store_swarm_metric(swarm, "health", 5, timestamp=day)
+    with local_db.transaction() as conn:
+        conn.execute("UPDATE swarm_metrics SET value = 9e999")
+
+    window: dict[str, Any] = {"since": NOON, "until": NOON + HOUR}
+    for call in (
+        lambda: local_db.summarize_swarm("s", **window),
+        lambda: local_db.metric_series(SwarmMetricType.HEALTH, bucket=HOUR, of="s", **window),
+    ):
+        with pytest.raises(CorruptDataError, match="metric_id=3: holds inf"):
+            call()
+
+
 @pytest.mark.parametrize("column", ["value = 'NaN'", "value = '-Infinity'", "timestamp = 'infinity'"])
 def test_what_only_a_server_holds_is_named(postgres_url: str, column: str) -> None:
     with SwarmDB(url=postgres_url) as db:

@@ -155,6 +155,14 @@ def test_formulas_are_escaped_in_text_alone(swarmdb: Command, place: str) -> Non
         assert (plain == escaped) == (model.__tablename__ in {"agent_metrics", "swarm_metrics", "schema_info"})
 
 
+def test_a_zero_has_no_sign(swarmdb: Command, place: str) -> None:
+    with SwarmDB(url=place) as db:
+        db.store_agent_metric("a", "duration", -0.0)
+
+    assert '"value":0.0,' in exported(swarmdb, "agent_metrics", "--db", place)
+    assert ",duration,0.0," in exported(swarmdb, "agent_metrics", "--format", "csv", "--db", place)
+
+
 def execute(path: Path, statement: str, *values: object) -> None:
     with closing(sqlite3.connect(path)) as connection, connection:
         connection.execute(statement, values)

@@ -157,10 +157,11 @@ def test_only_events_since_a_time(url: str) -> None:
             old = follower.lines(2)
             db.insert_event(event("earlier", timestamp="2025-11-01T10:00:00Z"))
             db.insert_event(event("later", timestamp="2025-12-01T10:00:00Z"))
-            new = follower.lines(1)
+            db.insert_event(event("just then", timestamp="2025-11-29T10:00:00Z"))
+            new = follower.lines(2)
             assert follower.interrupt() == (130, "", "")
 
-    assert [line.split()[3] for line in old + new] == ["old-29", "old-30", "later"]
+    assert [line.split()[3] for line in old + new] == ["old-29", "old-30", "later", "just"]
 
 
 @pytest.mark.parametrize("limit", [0, 10])

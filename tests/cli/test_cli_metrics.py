@@ -99,6 +99,26 @@ def test_agents_are_those_of_the_window_in_the_order_asked_for(
 
 
 @pytest.mark.parametrize(
+    ("options", "count"),
+    [
+        (["--since", "2025-11-30T10:01:00Z"], 2),
+        (["--until", "2025-11-30T10:01:00Z"], 1),
+        (["--since", "2025-11-30T10:01:00Z", "--until", "2025-11-30T10:02:00Z"], 1),
+    ],
+    ids=str,
+)
+def test_the_window_is_that_of_the_tasks_and_of_the_swarm_too(
+    options: list[str], count: int, swarmdb: Command, measured: str
+) -> None:
+    of_swarm = swarmdb("metrics", "--db", measured, "--swarm", "swarm-1", "--json", *options).json
+    of_one = swarmdb("metrics", "--db", measured, "--agent", "reviewer", "--json", *options).json
+
+    assert of_swarm["swarm"]["figures"]["latency"]["count"] == count
+    assert of_one["tasks"]["count"] == count
+    assert of_swarm["tasks"]["count"] == sum(agent["count"] for agent in of_swarm["agents"])
+
+
+@pytest.mark.parametrize(
     ("column", "agents"),
     [
         ("tasks", "dabc"),
@@ -173,6 +193,27 @@ def test_tasks_of_which_none_was_measured_have_no_durations(swarmdb: Command, pa
         db.store_task_metric("t", "a", None, "success")
 
     assert "Durations in milliseconds: none" in swarmdb("metrics", "--db", path).out
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        (0.123456, "0.1235"),
+        (-2.5, "-2.5"),
+        (999.4, "999.4"),
+        (1000.4, "1,000"),
+        (-123456.7, "-123,457"),
+        (999_999_999.0, "999,999,999"),
+        (1e9, "1e+09"),
+    ],
+)
+def test_a_figure_has_four_digits_or_is_whole(value: float, shown: str, swarmdb: Command, path: Path) -> None:
+    with SwarmDB(path) as db:
+        db.store_swarm_metric("s", "resource", value)
+    out = swarmdb("metrics", "--swarm", "s", "--db", path).out
+    (line,) = [line.split() for line in out.splitlines() if "resource" in line]
+
+    assert [line[1], *line[5:]] == [shown] * 7
 
 
 def test_only_all_is_a_hundred_percent(swarmdb: Command, path: Path) -> None:
