@@ -245,6 +245,22 @@ def test_a_pipe_that_nobody_reads_any_more_ends_it_quietly(path: Path) -> None:
                 follower.process.stderr.close()
 
 
+@pytest.mark.parametrize(("agent", "limit"), [("a", 10), (None, 0)])
+def test_a_last_event_that_can_not_be_read_disturbs_nobody_who_does_not_see_it(
+    agent: str | None, limit: int, path: Path
+) -> None:
+    with SwarmDB(path) as db:
+        db.insert_events([event("a"), event("b")])
+        with db.transaction() as conn:
+            conn.execute("UPDATE agent_events SET metadata = '{' WHERE agent_id = 'b'")
+        events = followed(db, agent, None, limit, None)
+        db.insert_event(event("a", EventType.COMPLETE))
+        found = [one.event_type for one in islice(events, 2 if limit else 1)]
+
+    assert found == ["spawn", "complete"][-len(found) :]
+    assert found[-1] == "complete"
+
+
 def test_a_row_that_can_not_be_read_ends_it(path: Path, swarmdb: Command) -> None:
     with SwarmDB(path) as db:
         db.insert_event(event("bad"))
