@@ -207,6 +207,15 @@ def test_lines_are_aligned_and_hold_no_control_characters(path: Path) -> None:
     ]
 
 
+def test_a_line_ends_where_its_text_does(path: Path) -> None:
+    with SwarmDB(path) as db:
+        db.insert_events([event("a", agent_type="expert-backend"), event("b")])
+        with Follower(str(path)) as follower:
+            lines = follower.lines(2)
+
+    assert [line.rpartition("spawn")[2] for line in lines] == ["     a  expert-backend", "     b  x"]
+
+
 def test_a_word_of_another_program_does_not_move_the_cursor(path: Path) -> None:
     with SwarmDB(path) as db:
         db.insert_event(event("a", timestamp="2025-11-30T10:00:00Z"))
