@@ -207,13 +207,14 @@ def test_lines_are_aligned_and_hold_no_control_characters(path: Path) -> None:
     ]
 
 
-def test_a_line_ends_where_its_text_does(path: Path) -> None:
+def test_in_a_pipe_a_line_has_all_of_its_names_and_ends_where_they_do(path: Path) -> None:
+    long = "expert-backend-" * 8
     with SwarmDB(path) as db:
-        db.insert_events([event("a", agent_type="expert-backend"), event("b")])
+        db.insert_events([event("a", agent_type=long), event("b")])
         with Follower(str(path)) as follower:
             lines = follower.lines(2)
 
-    assert [line.rpartition("spawn")[2] for line in lines] == ["     a  expert-backend", "     b  x"]
+    assert [line.rpartition("spawn")[2] for line in lines] == [f"     a  {long}", "     b  x"]
 
 
 def test_a_word_of_another_program_does_not_move_the_cursor(path: Path) -> None:
