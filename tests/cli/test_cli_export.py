@@ -251,6 +251,13 @@ def test_a_file_is_written_whole_and_said_to_be(swarmdb: Command, store: Path, t
     assert sorted(file.name for file in tmp_path.iterdir()) == ["events.jsonl", "swarm.db"]
 
 
+def test_one_row_is_not_many_and_none_is_said_in_words(swarmdb: Command, store: Path, tmp_path: Path) -> None:
+    for table, said in (("task_metrics", "1 row"), ("swarm_metrics", "no rows")):
+        assert (
+            exported(swarmdb, table, "-o", f"{table}.jsonl", "--db", store) == f"{said} in {tmp_path}/{table}.jsonl\n"
+        )
+
+
 def test_who_reads_the_file_that_is_replaced_reads_all_of_it(swarmdb: Command, store: Path) -> None:
     Path("events").write_text("older")
     with Path("events").open() as reader:
