@@ -1,13 +1,14 @@
 """Cross-session memory."""
 
 import dataclasses
+from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 
 from conftest import Clock
 from moai_flow.memory import CorruptDataError, InvalidInputError, MemoryType, SwarmDB
@@ -77,6 +78,7 @@ def test_the_latest_write_wins_by_sequence_and_not_by_clock(db: SwarmDB, clock: 
     db.store_memory("s", "semantic", "k", "third")
     assert db.get_memory("s", "semantic", "k") == "third"
     assert [memory.value for memory in db.list_memories("s")] == ["third"]
+    assert [memory.value for memory in db.memory_history("s", "semantic", "k")] == ["third", "second", "first"]
 
 
 def test_none_is_stored_and_default_answers_absence_only(db: SwarmDB) -> None:
@@ -144,18 +146,29 @@ def test_deleting_removes_the_history_and_says_whether_the_key_was_live(db: Swar
     assert db.memory_history("s", "semantic", "k") == []
 
 
+def test_deleting_and_the_history_are_of_one_key_of_one_type_of_one_session(db: SwarmDB) -> None:
+    others = [("t", "semantic", "k"), ("s", "episodic", "k"), ("s", "semantic", "l")]
+    for address in [*others, ("s", "semantic", "k"), *others]:
+        db.store_memory(*address, value=address)  # type: ignore[arg-type]
+
+    assert [memory.value for memory in db.memory_history("s", "semantic", "k")] == [["s", "semantic", "k"]]
+    assert db.delete_memory("s", "semantic", "k") is True
+    for address in others:
+        assert [memory.value for memory in db.memory_history(*address)] == [list(address)] * 2  # type: ignore[arg-type]
+
+
 def test_a_session_lists_the_latest_of_each_key(db: SwarmDB) -> None:
     for memory_type, key, value in [
         ("semantic", "b", 1),
         ("semantic", "a", 2),
-        ("episodic", "a", 3),
+        ("episodic", "z", 3),
         ("semantic", "b", 4),
     ]:
         db.store_memory("s", MemoryType(memory_type), key, value)
     db.store_memory("other", "semantic", "a", 5)
 
     assert [(m.memory_type, m.key, m.value) for m in db.list_memories("s")] == [
-        ("episodic", "a", 3),
+        ("episodic", "z", 3),
         ("semantic", "a", 2),
         ("semantic", "b", 4),
     ]
@@ -238,3 +251,63 @@ def test_null_of_an_older_program_reads_as_none(db: SwarmDB) -> None:
     nothing: Any = type(None)
     assert db.get_memory("s", "semantic", "k", as_type=nothing, default=1) is None
     assert db.list_memories("s")[0].value is None
+
+
+def test_memories_of_a_type_that_an_older_program_wrote_are_found_by_it(db: SwarmDB) -> None:
+    dream = MemoryType.read("dream")
+    with db.transaction() as conn:
+        conn.execute(
+            "INSERT INTO session_memory (session_id, memory_type, key, value, timestamp) "
+            "VALUES ('s', 'dream', 'k', '1', '2025-11-30T10:00:00.000000+00:00')"
+        )
+    db.store_memory("s", "semantic", "k", 2)
+
+    assert db.get_memory("s", dream, "k") == 1
+    assert [memory.value for memory in db.memory_history("s", dream, "k")] == [1]
+    assert [(memory.memory_type, memory.value) for memory in db.list_memories("s", dream)] == [(dream, 1)]
+    assert db.delete_memory("s", dream, "k") is True
+    assert [memory.value for memory in db.list_memories("s")] == [2]
+
+
+def test_an_expired_value_that_is_no_json_is_absent_like_any_other(local_db: SwarmDB, clock: Clock) -> None:
+    local_db.store_memory("s", "semantic", "k", 1, ttl_hours=1)
+    local_db.store_memory("s", "semantic", "l", 2)
+    with local_db.transaction() as conn:
+        conn.execute("UPDATE session_memory SET value = '{' WHERE key = 'k'")
+    with pytest.raises(CorruptDataError, match="value"):
+        local_db.list_memories("s")
+
+    clock.advance(hours=1)
+    assert [memory.value for memory in local_db.list_memories("s")] == [2]
+    assert local_db.get_memory("s", "semantic", "k", default="absent") == "absent"
+
+
+@pytest.mark.parametrize(
+    ("column", "stored"), [("ttl_hours", "'long'"), ("ttl_hours", "x'01'"), ("timestamp", "'soon'")]
+)
+def test_an_end_that_cannot_be_told_is_named(local_db: SwarmDB, column: str, stored: str) -> None:
+    local_db.store_memory("s", "semantic", "k", 1, ttl_hours=1)
+    with local_db.transaction() as conn:
+        conn.execute(f"UPDATE session_memory SET {column} = {stored}")
+
+    calls: list[Callable[[], Any]] = [
+        lambda: local_db.get_memory("s", "semantic", "k"),
+        lambda: local_db.list_memories("s"),
+        lambda: local_db.delete_memory("s", "semantic", "k"),
+    ]
+    for call in calls:
+        with pytest.raises(CorruptDataError, match=column):
+            call()
+
+
+def test_the_fault_of_a_value_keeps_what_found_it(local_db: SwarmDB) -> None:
+    local_db.store_memory("s", "semantic", "k", {"no": "language"})
+    with pytest.raises(InvalidInputError) as refused:
+        local_db.get_memory("s", "semantic", "k", as_type=Prefs)
+    assert isinstance(refused.value.__cause__, ValidationError)
+
+    with local_db.transaction() as conn:
+        conn.execute("UPDATE session_memory SET value = '{'")
+    with pytest.raises(CorruptDataError) as corrupt:
+        local_db.get_memory("s", "semantic", "k")
+    assert isinstance(corrupt.value.__cause__, ValueError)

@@ -431,6 +431,15 @@ def test_a_fresh_file_that_another_program_keeps_locked_is_waited_for(path: Path
             SwarmDB(path, busy_timeout=0.05)
 
 
+def test_an_opening_that_fails_leaves_the_file_closed_while_its_error_is_kept(path: Path) -> None:
+    with SwarmDB(path) as db:
+        assert is_open_here(path)
+        with db.transaction(), pytest.raises(BusyError) as kept:
+            SwarmDB(path, busy_timeout=0, retention=RetentionPolicy.keep_all())
+    assert not is_open_here(path)
+    assert kept.traceback
+
+
 @pytest.mark.parametrize("statement", ["SELECT * FROM x", "INSERT INTO x VALUES (1)"])
 def test_a_program_that_leaves_in_time_is_waited_for(path: Path, statement: str) -> None:
     with closing(sqlite3.connect(path, isolation_level=None, check_same_thread=False)) as other:

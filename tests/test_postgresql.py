@@ -893,8 +893,41 @@ def test_deleting_a_key_many_times_at_once_is_no_error(store: SwarmDB) -> None:
         store.store_memory("s", "semantic", f"k-{number}", 1)
     with ThreadPoolExecutor(4) as pool:
         deleted = list(pool.map(lambda number: store.delete_memory("s", "semantic", f"k-{number % 20}"), range(80)))
-    assert sum(deleted) >= 20
+    assert sum(deleted) == 20
     assert store.list_memories("s") == []
+
+
+WAITING = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'"
+
+
+def test_of_two_that_delete_a_key_at_once_one_is_told_that_it_was_live(postgres_url: str, store: SwarmDB) -> None:
+    store.store_memory("s", "semantic", "k", 1)
+    with ThreadPoolExecutor(1) as pool:
+        with store.transaction():
+            assert store.delete_memory("s", "semantic", "k") is True
+            other = pool.submit(store.delete_memory, "s", "semantic", "k")
+            while run(postgres_url, WAITING) == [(0,)]:
+                assert not other.done()
+
+        assert other.result() is False
+
+
+@pytest.mark.parametrize("before", [[], [0, 1]])
+def test_a_value_that_is_stored_while_its_key_is_deleted_stays(
+    postgres_url: str, store: SwarmDB, before: list[int]
+) -> None:
+    for value in before:
+        store.store_memory("s", "semantic", "k", value)
+    with ThreadPoolExecutor(1) as pool:
+        with store.transaction() as conn:
+            conn.execute("LOCK TABLE session_memory IN EXCLUSIVE MODE")  # It keeps a DELETE waiting, but no SELECT.
+            deleting = pool.submit(store.delete_memory, "s", "semantic", "k")
+            while run(postgres_url, WAITING) == [(0,)]:
+                assert not deleting.done()
+            store.store_memory("s", "semantic", "k", 2)
+
+        assert deleting.result() is bool(before)
+    assert [memory.value for memory in store.memory_history("s", "semantic", "k")] == [2]
 
 
 def write_until_told(url: str, number: int, opened: Barrier, stop: Any, results: Any, steps: Any) -> None:

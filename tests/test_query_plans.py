@@ -105,7 +105,10 @@ def test_the_end_of_the_log_is_found_by_its_key(local_db: SwarmDB) -> None:
         ),
         (
             memory._DELETE,
-            ["SEARCH session_memory USING INDEX idx_session_memory_entry (session_id=? AND memory_type=? AND key=?)"],
+            [
+                "SEARCH session_memory USING INDEX idx_session_memory_entry "
+                "(session_id=? AND memory_type=? AND key=? AND id<?)"
+            ],
         ),
         (
             retention._DELETE_OLDEST["events"],

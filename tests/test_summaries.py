@@ -20,7 +20,7 @@ import psycopg
 import pytest
 from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
-from sqlalchemy import delete
+from sqlalchemy import create_engine, delete
 
 from moai_flow.memory import (
     AgentMetric,
@@ -363,25 +363,26 @@ def test_the_numbers_have_the_types_that_they_are_declared_with(db: SwarmDB) -> 
 
 
 def test_results_of_older_programs_are_members_too(db: SwarmDB) -> None:
-    fill(db, [TaskMetric(task_id=f"t{n}", agent_id="a", result=TaskResult.read(word)) for n, word in enumerate("zyz")])
+    fill(db, [TaskMetric(task_id=f"t{n}", agent_id="a", result=TaskResult.read(word)) for n, word in enumerate("zYaz")])
 
     results = db.summarize_tasks().results
-    assert list(results.items()) == [*((result, 0) for result in TaskResult), ("y", 1), ("z", 2)]
+    assert list(results.items()) == [*((result, 0) for result in TaskResult), ("Y", 1), ("a", 1), ("z", 2)]
     assert all(isinstance(result, TaskResult) for result in results)
     assert db.summarize_tasks().success_rate == 0
 
 
 def test_types_of_figures_that_older_programs_wrote_are_members_too(db: SwarmDB) -> None:
     mood = SwarmMetricType.read("mood")
+    others = (SwarmMetricType.read("Zeal"), mood, SwarmMetricType.read("awe"))
     fill(
         db,
         [
             SwarmMetric(swarm_id="s", metric_type=kind, value=1.0, timestamp=NOON)
-            for kind in (mood, SwarmMetricType.LATENCY, SwarmMetricType.HEALTH)
+            for kind in (*others, SwarmMetricType.LATENCY, SwarmMetricType.THROUGHPUT)
         ],
     )
 
-    assert list(db.summarize_swarm("s").figures) == ["health", "latency", "mood"]
+    assert list(db.summarize_swarm("s").figures) == ["throughput", "latency", "Zeal", "awe", "mood"]
     assert db.metric_series(mood, bucket=DAY, agg="sum") == [MetricBucket(NOON.replace(hour=0), 1, 1.0)]
 
 
@@ -474,6 +475,14 @@ def test_a_series_has_its_empty_buckets(db: SwarmDB) -> None:
         assert [bucket.count for bucket in found] == [1, 0, 1]
         assert [bucket.value for bucket in found] == values
     assert [bucket.value for bucket in db.metric_series("success_rate", bucket=DAY)] == [0.5]
+
+
+def test_a_zero_has_no_sign(db: SwarmDB) -> None:
+    db.store_swarm_metric("s", "health", -0.0)
+
+    health = db.summarize_swarm("s").figures[SwarmMetricType.HEALTH]
+    values = (health.latest, health.mean, health.minimum, health.maximum, health.p50, health.p95, health.p99)
+    assert [math.copysign(1, value) for value in values] == [1] * 7
 
 
 @pytest.mark.parametrize("sign", [1, -1])
@@ -669,6 +678,21 @@ def test_too_many_buckets_are_refused_before_anything_is_added_up(db: SwarmDB) -
     assert len(db.metric_series("duration_ms", bucket=timedelta(seconds=2))) == 50_001
 
 
+@pytest.mark.parametrize("bounds", [{}, {"until": NOON + HOUR}, {"since": NOON, "until": NOON + 2 * DAY}])
+def test_they_are_refused_by_the_first_and_the_last_time_alone(path: Path, bounds: dict[str, Any]) -> None:
+    class Idle(SwarmDB):
+        """Adds nothing up."""
+
+        def _figure_rows(self, *arguments: Any, **options: Any) -> Any:
+            raise AssertionError("it was asked to add up")
+
+    with Idle(path) as db:
+        for moment in (NOON - 2 * DAY, NOON):
+            db.store_task_metric("t", "a", 1, "success", timestamp=moment)
+        with pytest.raises(InvalidInputError, match="at most 100,000 buckets"):
+            db.metric_series("duration_ms", bucket=timedelta(seconds=1), **bounds)
+
+
 # What is refused
 
 
@@ -777,6 +801,16 @@ def test_a_time_that_cannot_be_put_into_a_bucket_is_named(local_db: SwarmDB, sto
         assert (caught.value.column, caught.value.row) == ("timestamp", {"metric_id": 1})
 
 
+@pytest.mark.parametrize("bounds", [{}, {"since": NOON - DAY}])
+def test_it_is_named_where_no_other_time_is_there(local_db: SwarmDB, bounds: dict[str, Any]) -> None:
+    local_db.store_swarm_metric("s", "health", 5)
+    with local_db.transaction() as conn:
+        conn.execute("UPDATE swarm_metrics SET timestamp = 'soon'")
+
+    with pytest.raises(CorruptDataError, match=r"timestamp of the row with metric_id=1"):
+        local_db.metric_series(SwarmMetricType.HEALTH, bucket=HOUR, **bounds)
+
+
 def test_times_in_other_formats_are_put_where_they_read(local_db: SwarmDB) -> None:
     with local_db.transaction() as conn:
         for number, text in enumerate(["2025-11-30 12:00:00", "2025-11-30", "2025-11-30T01:00:00+00:00"]):
@@ -798,6 +832,21 @@ def test_a_figure_that_is_not_finite_is_named(local_db: SwarmDB, value: str) -> 
         local_db.summarize_swarm("s")
 
 
+def test_what_is_named_is_within_what_was_asked_for(local_db: SwarmDB) -> None:
+    for swarm, day in (("r", NOON), ("s", NOON - DAY), ("s", NOON), ("s", NOON + DAY)):
+        local_db.store_swarm_metric(swarm, "health", 5, timestamp=day)
+    with local_db.transaction() as conn:
+        conn.execute("UPDATE swarm_metrics SET value = 9e999")
+
+    window: dict[str, Any] = {"since": NOON, "until": NOON + HOUR}
+    for call in (
+        lambda: local_db.summarize_swarm("s", **window),
+        lambda: local_db.metric_series(SwarmMetricType.HEALTH, bucket=HOUR, of="s", **window),
+    ):
+        with pytest.raises(CorruptDataError, match="metric_id=3: holds inf"):
+            call()
+
+
 @pytest.mark.parametrize("column", ["value = 'NaN'", "value = '-Infinity'", "timestamp = 'infinity'"])
 def test_what_only_a_server_holds_is_named(postgres_url: str, column: str) -> None:
     with SwarmDB(url=postgres_url) as db:
@@ -812,6 +861,16 @@ def test_what_only_a_server_holds_is_named(postgres_url: str, column: str) -> No
         ):
             with pytest.raises(CorruptDataError, match=f"{column.split()[0]} of the row with metric_id=2"):
                 call()
+
+
+def test_the_newest_figures_time_is_in_utc_whatever_zone_a_callers_engine_has(postgres_url: str) -> None:
+    engine = create_engine(postgres_url, connect_args={"options": "-c TimeZone=Asia/Tokyo"})
+    with SwarmDB(engine=engine) as db:
+        db.store_swarm_metric("s", "health", 5, timestamp=NOON)
+        latest_at = db.summarize_swarm("s").figures[SwarmMetricType.HEALTH].latest_at
+
+    assert (latest_at, latest_at.tzinfo) == (NOON, UTC)
+    engine.dispose()
 
 
 # Inside transactions

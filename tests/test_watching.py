@@ -280,6 +280,12 @@ def test_bad_arguments_are_refused_at_once(empty: SwarmDB, arguments: dict[str, 
         empty.watch_events(**arguments)
 
 
+def test_it_may_sleep_for_an_hour(empty: SwarmDB) -> None:
+    empty.insert_event(event("a"))
+
+    assert next(empty.watch_events(0, poll=3600)).agent_id == "a"
+
+
 def test_an_empty_name_is_a_filter(db: SwarmDB) -> None:
     db.insert_event(event("a"))
 

@@ -155,6 +155,14 @@ def test_formulas_are_escaped_in_text_alone(swarmdb: Command, place: str) -> Non
         assert (plain == escaped) == (model.__tablename__ in {"agent_metrics", "swarm_metrics", "schema_info"})
 
 
+def test_a_zero_has_no_sign(swarmdb: Command, place: str) -> None:
+    with SwarmDB(url=place) as db:
+        db.store_agent_metric("a", "duration", -0.0)
+
+    assert '"value":0.0,' in exported(swarmdb, "agent_metrics", "--db", place)
+    assert ",duration,0.0," in exported(swarmdb, "agent_metrics", "--format", "csv", "--db", place)
+
+
 def execute(path: Path, statement: str, *values: object) -> None:
     with closing(sqlite3.connect(path)) as connection, connection:
         connection.execute(statement, values)
@@ -169,6 +177,7 @@ def execute(path: Path, statement: str, *values: object) -> None:
         ),
         ('{"NaN": NaN, "-Infinity \\" NaN": [Infinity, -Infinity]}', '{"NaN":null,"-Infinity \\" NaN":[null,null]}'),
         ('{"a":[NaN,-Infinity],"b":"NI"}', '{"a":[null,null],"b":"NI"}'),
+        *((f'{{"a":{number},"b":"NI"}}', '{"a":null,"b":"NI"}') for number in ("NaN", "Infinity", "-Infinity")),
         ('{"a": "\\ud800 \\u0000 \\\\"}', '{"a":"\\ud800 \\u0000 \\\\"}'),
         (None, "{}"),
     ],
@@ -194,6 +203,8 @@ def test_what_raw_sql_left_out_reads_as_it_does_elsewhere(swarmdb: Command, stor
     assert (task["tokens_used"], task["duration_ms"], metric["value"]) == (0, None, None)
     assert {row["value"] for row in lines(exported(swarmdb, "session_memory", "--db", store))} == {None}
     assert ",context_hint,tone,,20" in exported(swarmdb, "session_memory", "--format", "csv", "--db", store)
+    (cells,) = csv.DictReader(io.StringIO(exported(swarmdb, "task_metrics", "--format", "csv", "--db", store)))
+    assert (cells["tokens_used"], cells["duration_ms"]) == ("0", "")
 
 
 @pytest.mark.parametrize(
@@ -238,6 +249,13 @@ def test_a_file_is_written_whole_and_said_to_be(swarmdb: Command, store: Path, t
     os.umask(umask)
     assert Path("events.jsonl").stat().st_mode & 0o777 == 0o666 & ~umask
     assert sorted(file.name for file in tmp_path.iterdir()) == ["events.jsonl", "swarm.db"]
+
+
+def test_one_row_is_not_many_and_none_is_said_in_words(swarmdb: Command, store: Path, tmp_path: Path) -> None:
+    for table, said in (("task_metrics", "1 row"), ("swarm_metrics", "no rows")):
+        assert (
+            exported(swarmdb, table, "-o", f"{table}.jsonl", "--db", store) == f"{said} in {tmp_path}/{table}.jsonl\n"
+        )
 
 
 def test_who_reads_the_file_that_is_replaced_reads_all_of_it(swarmdb: Command, store: Path) -> None:

@@ -157,10 +157,11 @@ def test_only_events_since_a_time(url: str) -> None:
             old = follower.lines(2)
             db.insert_event(event("earlier", timestamp="2025-11-01T10:00:00Z"))
             db.insert_event(event("later", timestamp="2025-12-01T10:00:00Z"))
-            new = follower.lines(1)
+            db.insert_event(event("just then", timestamp="2025-11-29T10:00:00Z"))
+            new = follower.lines(2)
             assert follower.interrupt() == (130, "", "")
 
-    assert [line.split()[3] for line in old + new] == ["old-29", "old-30", "later"]
+    assert [line.split()[3] for line in old + new] == ["old-29", "old-30", "later", "just"]
 
 
 @pytest.mark.parametrize("limit", [0, 10])
@@ -206,6 +207,16 @@ def test_lines_are_aligned_and_hold_no_control_characters(path: Path) -> None:
     ]
 
 
+def test_in_a_pipe_a_line_has_all_of_its_names_and_ends_where_they_do(path: Path) -> None:
+    long = "expert-backend-" * 8
+    with SwarmDB(path) as db:
+        db.insert_events([event("a", agent_type=long), event("b")])
+        with Follower(str(path)) as follower:
+            lines = follower.lines(2)
+
+    assert [line.rpartition("spawn")[2] for line in lines] == [f"     a  {long}", "     b  x"]
+
+
 def test_a_word_of_another_program_does_not_move_the_cursor(path: Path) -> None:
     with SwarmDB(path) as db:
         db.insert_event(event("a", timestamp="2025-11-30T10:00:00Z"))
@@ -242,6 +253,22 @@ def test_a_pipe_that_nobody_reads_any_more_ends_it_quietly(path: Path) -> None:
                     db.insert_event(event("next"))
                 assert (follower.process.returncode, follower.process.stderr.read()) == (1, "")
                 follower.process.stderr.close()
+
+
+@pytest.mark.parametrize(("agent", "limit"), [("a", 10), (None, 0)])
+def test_a_last_event_that_can_not_be_read_disturbs_nobody_who_does_not_see_it(
+    agent: str | None, limit: int, path: Path
+) -> None:
+    with SwarmDB(path) as db:
+        db.insert_events([event("a"), event("b")])
+        with db.transaction() as conn:
+            conn.execute("UPDATE agent_events SET metadata = '{' WHERE agent_id = 'b'")
+        events = followed(db, agent, None, limit, None)
+        db.insert_event(event("a", EventType.COMPLETE))
+        found = [one.event_type for one in islice(events, 2 if limit else 1)]
+
+    assert found == ["spawn", "complete"][-len(found) :]
+    assert found[-1] == "complete"
 
 
 def test_a_row_that_can_not_be_read_ends_it(path: Path, swarmdb: Command) -> None:

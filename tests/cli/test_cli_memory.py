@@ -35,6 +35,17 @@ def test_memory_is_listed_by_type_and_key(swarmdb: Command, store: Path) -> None
     assert '{"terse": true}' in swarmdb("memory", "list", "s-1", "--db", store).out
 
 
+def test_a_table_has_the_beginning_of_a_value_and_json_all_of_it(swarmdb: Command, path: Path) -> None:
+    with SwarmDB(path) as db:
+        db.store_memory("s", "semantic", "short", "q" * 198)  # 200 letters as JSON.
+        db.store_memory("s", "semantic", "long", "w" * 1000)
+    table = swarmdb("memory", "list", "s", "--db", path).out
+    (long, short) = swarmdb("memory", "list", "s", "--db", path, "--json").json
+
+    assert (table.count("q"), table.count("w"), table.count("…")) == (198, 199, 1)
+    assert (short["value"], long["value"]) == ("q" * 198, "w" * 1000)
+
+
 @pytest.mark.parametrize(
     ("options", "keys"),
     [(["--type", "semantic"], ["language"]), (["--prefix", "to"], ["tone"]), (["--prefix", "T"], [])],

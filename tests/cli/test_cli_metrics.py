@@ -1,13 +1,18 @@
 """`swarmdb metrics`, from its tables to its JSON."""
 
+import json
+import sqlite3
 import sys
+from contextlib import closing
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from cli.running import Command, on_terminal
-from moai_flow.memory import SwarmDB, SwarmMetricType, TaskResult
+from moai_flow.memory import SwarmDB, SwarmMetricType, TaskResult, TaskSummary
+from moai_flow.memory.cli.figures import By, metrics
 
 LONG_ID = "461ba4f0-564c-4e18-9279-ac88383a584c"
 METRICS = [sys.executable, "-m", "moai_flow.memory", "metrics"]
@@ -99,6 +104,57 @@ def test_agents_are_those_of_the_window_in_the_order_asked_for(
 
 
 @pytest.mark.parametrize(
+    ("options", "count"),
+    [
+        (["--since", "2025-11-30T10:01:00Z"], 2),
+        (["--until", "2025-11-30T10:01:00Z"], 1),
+        (["--since", "2025-11-30T10:01:00Z", "--until", "2025-11-30T10:02:00Z"], 1),
+    ],
+    ids=str,
+)
+def test_the_window_is_that_of_the_tasks_and_of_the_swarm_too(
+    options: list[str], count: int, swarmdb: Command, measured: str
+) -> None:
+    of_swarm = swarmdb("metrics", "--db", measured, "--swarm", "swarm-1", "--json", *options).json
+    of_one = swarmdb("metrics", "--db", measured, "--agent", "reviewer", "--json", *options).json
+
+    assert of_swarm["swarm"]["figures"]["latency"]["count"] == count
+    assert of_one["tasks"]["count"] == count
+    assert of_swarm["tasks"]["count"] == sum(agent["count"] for agent in of_swarm["agents"])
+
+
+def test_all_tables_show_one_moment(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    class Overtaken(SwarmDB):
+        """Has another program write once the tasks have been summed up."""
+
+        def summarize_tasks(self, *arguments: Any, **options: Any) -> TaskSummary:
+            found = super().summarize_tasks(*arguments, **options)
+            with SwarmDB(path) as other:
+                other.store_task_metric("late", "late", 1, "success")
+                other.store_swarm_metric("s", "health", 1)
+            return found
+
+    with Overtaken(path) as db:
+        db.store_task_metric("t", "a", 1, "success")
+        metrics(db, agent=None, swarm="s", since=None, until=None, by=By.AGENT, limit=20, as_json=True)
+
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["tasks"]["count"] == 1
+    assert [agent["agent_id"] for agent in answer["agents"]] == ["a"]
+    assert answer["swarm"]["figures"] == {}
+
+
+def test_an_agent_of_another_program_may_have_no_name(swarmdb: Command, store: Path) -> None:
+    unknown = swarmdb("metrics", "--db", store, "--agent", "")
+    with closing(sqlite3.connect(store)) as connection, connection:
+        connection.execute("UPDATE task_metrics SET agent_id = ''")
+
+    assert (unknown.status, unknown.out) == (1, "")
+    assert unknown.err.startswith("swarmdb: no agent ''")
+    assert swarmdb("metrics", "--db", store, "--agent", "", "--json").json["tasks"]["count"] > 0
+
+
+@pytest.mark.parametrize(
     ("column", "agents"),
     [
         ("tasks", "dabc"),
@@ -173,6 +229,28 @@ def test_tasks_of_which_none_was_measured_have_no_durations(swarmdb: Command, pa
         db.store_task_metric("t", "a", None, "success")
 
     assert "Durations in milliseconds: none" in swarmdb("metrics", "--db", path).out
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        (0.123456, "0.1235"),
+        (-2.5, "-2.5"),
+        (999.4, "999.4"),
+        (1000.0, "1,000"),
+        (1000.4, "1,000"),
+        (-123456.7, "-123,457"),
+        (999_999_999.0, "999,999,999"),
+        (1e9, "1e+09"),
+    ],
+)
+def test_a_figure_has_four_digits_or_is_whole(value: float, shown: str, swarmdb: Command, path: Path) -> None:
+    with SwarmDB(path) as db:
+        db.store_swarm_metric("s", "resource", value)
+    out = swarmdb("metrics", "--swarm", "s", "--db", path).out
+    (line,) = [line.split() for line in out.splitlines() if "resource" in line]
+
+    assert [line[1], *line[5:]] == [shown] * 7
 
 
 def test_only_all_is_a_hundred_percent(swarmdb: Command, path: Path) -> None:

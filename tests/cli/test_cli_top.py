@@ -5,7 +5,7 @@ import re
 import signal
 import subprocess
 import sys
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import cast
 
@@ -15,7 +15,7 @@ from rich.console import Console
 
 from cli.running import Command, Terminal, execute
 from conftest import Clock, url_of
-from moai_flow.memory import SwarmDB
+from moai_flow.memory import SwarmDB, TaskResult
 from moai_flow.memory.cli import show
 from moai_flow.memory.cli.top import Screen, look
 
@@ -23,7 +23,7 @@ LONG_ID = "461ba4f0-564c-4e18-9279-ac88383a584c"
 TOP = [sys.executable, "-m", "moai_flow.memory", "top"]
 WORKER = """
 import sys
-from moai_flow.memory import SwarmDB
+from moai_flow.memory import SwarmDB, TaskResult
 
 url, name = sys.argv[1:]
 with SwarmDB(url=url) as db, db.track_agent(name, "expert-backend") as agent:
@@ -227,7 +227,6 @@ def test_who_ended_long_ago_is_counted_but_not_shown(swarmdb: Command, path: Pat
         db.register_agent("old-1", "x", "complete")
         db.register_agent("old-2", "x", "error")
         db.register_agent("old-3", "x")
-        db.store_task_metric("t", "old-3", 1, "success")
     with SwarmDB(path) as db:
         db.register_agent("new-1", "x", "error")
         db.register_agent("new-2", "x", "complete")
@@ -236,7 +235,6 @@ def test_who_ended_long_ago_is_counted_but_not_shown(swarmdb: Command, path: Pat
     lines = swarmdb("top", "--db", path).out.splitlines()
 
     assert lines[1] == "agents       1 spawned, 1 running, 1 complete, 2 error, 1 paused; 1 stale"
-    assert lines[2].startswith("each minute  - tasks")
     assert [(row[0], row[2]) for row in rows(lines)] == [
         ("old-3", "stale"),
         ("new-3", "running"),
@@ -252,6 +250,56 @@ def test_those_at_work_are_shown_busiest_first(swarmdb: Command, path: Path) -> 
             for number in range(tasks):
                 db.store_task_metric(f"{agent}-{number}", agent, 1, "failure" if number < failures else "success")
     assert [row[0] for row in rows(swarmdb("top", "--db", path).out.splitlines())] == ["d", "c", "b", "e", "a"]
+
+
+def test_a_timeout_is_a_failure_and_a_cancelled_task_is_none(swarmdb: Command, path: Path) -> None:
+    with SwarmDB(path) as db:
+        db.register_agent("a", "x", "running")
+        for number, result in enumerate(TaskResult):
+            db.store_task_metric(f"t-{number}", "a", 1, result)
+        db.store_task_metric("t", "not registered", 1, "success")
+    lines = swarmdb("top", "--db", path).out.splitlines()
+
+    assert lines[2] == "each minute  1.0 tasks, 0.4 failures, - tokens, over the last 5 minutes"
+    assert [row[5:] for row in rows(lines)] == [["0.8", "0.4", "-"]]
+
+
+def test_only_the_last_five_minutes_count(swarmdb: Command, path: Path) -> None:
+    now = datetime.now(UTC)
+    with SwarmDB(path) as db:
+        db.register_agent("a", "x", "running")
+        for minutes in (2, 6, 60):
+            db.store_task_metric(f"t-{minutes}", "a", 1, "failure", timestamp=now - timedelta(minutes=minutes))
+    lines = swarmdb("top", "--db", path).out.splitlines()
+
+    assert lines[2].startswith("each minute  0.2 tasks, 0.2 failures")
+    assert [row[5:7] for row in rows(lines)] == [["0.2", "0.2"]]
+
+
+@pytest.mark.parametrize(
+    ("tokens", "shown"), [(1, "0.2"), (499, "99.8"), (500, "100"), (4_999_990, "999,998"), (5_000_000, "1.0M")]
+)
+def test_a_rate_is_as_exact_as_there_is_room_for(tokens: int, shown: str, swarmdb: Command, path: Path) -> None:
+    with SwarmDB(path) as db:
+        db.register_agent("a", "x", "running")
+        db.store_task_metric("t", "a", 1, "success", tokens_used=tokens)
+
+    assert rows(swarmdb("top", "--db", path).out.splitlines())[0][7] == shown
+
+
+def test_how_old_an_agent_is_and_when_it_was_last_heard_of_are_two_columns(swarmdb: Command, path: Path) -> None:
+    now = datetime.now(UTC)
+    with SwarmDB(path, clock=lambda: now - timedelta(hours=3, minutes=1)) as db:
+        db.register_agent("a", "x")
+    with SwarmDB(path, clock=lambda: now - timedelta(hours=1, minutes=1)) as db:
+        db.update_agent_status("a", "running")
+
+    def shown(*options: str) -> list[str]:
+        ((_, _, state, age, last_heard, *_),) = rows(swarmdb("top", "--db", path, *options).out.splitlines())
+        return [state, age, last_heard]
+
+    assert shown("--stale-after", "7200") == ["running", "3h01m", "1h01m"]
+    assert shown("--stale-after", "3600") == ["stale", "3h01m", "1h01m"]
 
 
 def test_of_many_that_ended_the_newest_are_read(swarmdb: Command, path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from datetime import UTC
 from itertools import chain
 
 from rich.cells import cell_len
@@ -73,7 +72,7 @@ def lines() -> Callable[[AgentEvent], None]:
             names[1] = show.shortened(names[1], max(console.width - _BEFORE - agent_width - 2, _NARROW_TYPE))
         widths[:] = [max(width, min(cell_len(name), _WIDEST)) for width, name in zip(widths, names, strict=True)]
         text = Text.assemble(
-            f"{event.timestamp.astimezone(UTC):%Y-%m-%d %H:%M:%SZ}  ",
+            f"{event.timestamp:%Y-%m-%d %H:%M:%SZ}  ",
             (f"{show.visible(event.event_type):8}", _STYLES.get(event.event_type, "")),
             *(f"  {name}{' ' * (width - cell_len(name))}" for name, width in zip(names, widths, strict=True)),
             f"  {show.visible(show.brief(event.metadata_))}" if event.metadata_ else "",

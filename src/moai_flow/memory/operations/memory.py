@@ -26,7 +26,9 @@ _KEY = (
 )
 _NEWEST_WRITE_FIRST = col(SessionMemory.id).desc()
 
-_VALUE, _TIME, _TTL = (list(_MEMORY.columns.keys()).index(name) for name in ("value", "timestamp", "ttl_hours"))
+_ID, _VALUE, _TIME, _TTL = (
+    list(_MEMORY.columns.keys()).index(name) for name in ("id", "value", "timestamp", "ttl_hours")
+)
 
 _INSERT = Insert(
     _MEMORY,
@@ -35,7 +37,7 @@ _INSERT = Insert(
 )
 _LATEST = Query(SessionMemory, select(_MEMORY).where(*_KEY).order_by(_NEWEST_WRITE_FIRST).limit(1))
 _HISTORY = Query(SessionMemory, select(_MEMORY).where(*_KEY).order_by(_NEWEST_WRITE_FIRST))
-_DELETE = Statement(delete(_MEMORY).where(*_KEY), writes=_MEMORY)
+_DELETE = Statement(delete(_MEMORY).where(*_KEY, _MEMORY.c.id <= bindparam("latest")), writes=_MEMORY)
 
 
 @cache
@@ -135,7 +137,8 @@ class MemoryOperations(Scope):
             StorageError: If the database can't be read.
             ClosedError: After `close`.
         """
-        row = self._live_row(_address(session_id, memory_type, key))
+        found = self._tuples(_LATEST, _address(session_id, memory_type, key))
+        row = next(filter(self._is_live, found), None)
         if row is None:
             return default
         stored = row[_VALUE]
@@ -143,7 +146,7 @@ class MemoryOperations(Scope):
             if as_type is None:
                 return None if stored is None else decode_json(stored)
             return _validated(as_type, "null" if stored is None else stored)
-        except (ValueError, TypeError) as error:
+        except ValueError as error:
             if isinstance(error, InvalidInputError):
                 raise
             raise self._latest_fault(row) from error
@@ -196,7 +199,7 @@ class MemoryOperations(Scope):
         return self._rows(_HISTORY, _address(session_id, memory_type, key))
 
     def delete_memory(self, session_id: str, memory_type: MemoryTypeLike, key: str) -> bool:
-        """Remove a key with its whole history.
+        """Remove a key with its whole history. Of several calls at once, one does; what is stored meanwhile stays.
 
         Args:
             session_id: The session that it belongs to.
@@ -215,13 +218,13 @@ class MemoryOperations(Scope):
         """
         address = _address(session_id, memory_type, key)
         with self._block(alone=False):
-            was_live = self._live_row(address) is not None
-            self._write(_DELETE, address)
-        return was_live
-
-    def _live_row(self, address: dict[str, Any]) -> Row | None:
-        """Return the latest row of a key as it is stored, unless there is none or it has expired."""
-        return next(filter(self._is_live, self._tuples(_LATEST, address)), None)
+            found = self._tuples(_LATEST, address)
+            was_live = any(map(self._is_live, found))
+            # On a server, others may store or delete between the two. What they store since stays, and what they have
+            # deleted is theirs.
+            latest = found[0][_ID] if found else 0
+            deleted: int = self._write(_DELETE, {**address, "latest": latest}).rowcount
+        return was_live and deleted > 0
 
     def _is_live(self, row: Row) -> bool:
         """Whether a row has not expired."""
