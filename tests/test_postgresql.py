@@ -773,6 +773,60 @@ def test_an_interrupt_of_a_batch_ends_its_connection_and_the_block_though_it_is_
     assert store.list_agents() == []
 
 
+def test_a_second_interrupt_of_a_batch_leaves_no_connection_that_gives_the_answers_to_it(
+    postgres_url: str, store: SwarmDB
+) -> None:
+    def interrupt_again(frame: FrameType, kind: str, argument: object) -> None:
+        if kind == "call" and "moai_flow" in frame.f_code.co_filename:  # Whatever would look after the first one.
+            raise KeyboardInterrupt  # Python then takes the profile function away.
+
+    def interrupt(*_: object) -> None:
+        sys.setprofile(interrupt_again)
+        raise KeyboardInterrupt
+
+    with SwarmDB(url=postgres_url) as other, other.transaction() as conn:
+        conn.execute("LOCK agent_events")
+        with pytest.raises(TransactionError, match="ended inside"), store.transaction():
+            store.register_agent("a", "t")
+            try:
+                with interrupted_as_it_waits(postgres_url, KeyboardInterrupt):
+                    signal.signal(signal.SIGUSR1, interrupt)
+                    store.insert_events([EVENT] * 3)
+            finally:
+                sys.setprofile(None)
+    store.register_agent("b", "t")
+    assert run(postgres_url, "SELECT agent_id FROM agent_registry") == [("b",)]
+
+
+@pytest.mark.parametrize("moment", [("return", "Pipeline.__enter__"), ("call", "Pipeline.__exit__")])
+@pytest.mark.parametrize("error_is", ["raised", "caught"])
+def test_a_batch_of_the_callers_own_that_was_interrupted_leaves_none_either(
+    postgres_url: str, store: SwarmDB, moment: tuple[str, str], error_is: str
+) -> None:
+    def interrupt(frame: FrameType, kind: str, argument: object) -> None:
+        if (kind, frame.f_code.co_qualname) == moment:
+            raise KeyboardInterrupt  # Python then takes the profile function away.
+
+    row = (
+        "INSERT INTO agent_registry (agent_id, agent_type, status, spawn_time) VALUES (%s, 't', 'running', 1)",
+        ["a"],
+    )
+    # Without its pipeline's end, psycopg raises an error of its own.
+    caught = (KeyboardInterrupt, AssertionError)
+    with pytest.raises(TransactionError if error_is == "caught" else caught), store.transaction() as raw:
+        cursor = raw.cursor()
+        sys.setprofile(interrupt)
+        try:
+            cursor.executemany(row[0], [row[1]] * 2)
+        except caught:
+            if error_is == "raised":
+                raise
+        finally:
+            sys.setprofile(None)
+    store.register_agent("b", "t")
+    assert run(postgres_url, "SELECT agent_id FROM agent_registry") == [("b",)]
+
+
 def test_a_place_in_the_pool_that_nobody_has_any_more_is_free_again() -> None:
     permits = Permits(Limit(connections=1, patience=0))
     permit = permits.take()

@@ -23,6 +23,9 @@ class Backend(ABC):
     #: Whether a statement that failed leaves the transaction as it was before it.
     keeps_transactions: ClassVar[bool]
 
+    #: Whether the statements of a batch are sent without waiting for their answers.
+    sends_ahead: ClassVar[bool]
+
     def __init__(self, *errors: type[Exception]) -> None:
         """Take the roots of what the driver raises."""
         self.error = errors
@@ -77,9 +80,9 @@ class Backend(ABC):
         """Whether nothing is under way on the connection, nor is it lost."""
         return True
 
-    def abandon(self, raw: Any) -> None:
-        """Give up the connection where a batch on it was interrupted, unless it is as good as before."""
-        return
+    def is_in_step(self, raw: Any) -> bool:
+        """Whether all that was sent has been answered: else a statement would get the answer to an earlier one."""
+        return True
 
     def close(self, raw: Any) -> None:
         """Close the connection, whatever is under way on it; what it had not committed is rolled back."""
@@ -131,6 +134,7 @@ class SQLite(Backend):
     """`sqlite3` of the standard library."""
 
     keeps_transactions = True
+    sends_ahead = False
 
     def is_open(self, raw: Any) -> bool:
         try:
@@ -230,6 +234,7 @@ class PostgreSQL(Backend):
     """psycopg 3."""
 
     keeps_transactions = False
+    sends_ahead = True
 
     def is_open(self, raw: Any) -> bool:
         return not raw.closed
@@ -267,10 +272,11 @@ class PostgreSQL(Backend):
         return raw.cursor(row_factory=_as_it_is)
 
     def is_idle(self, raw: Any) -> bool:
-        return bool(raw.pgconn.transaction_status == _IDLE)
+        return bool(raw.pgconn.transaction_status == _IDLE and raw.pgconn.pipeline_status == _NO_PIPELINE)
 
-    def abandon(self, raw: Any) -> None:
-        raw.close()  # What the pipeline had not fetched would be taken for the answers to what comes next.
+    def is_in_step(self, raw: Any) -> bool:
+        # Interrupted, psycopg may not have left its pipeline, in which nothing waits for its answer.
+        return bool(raw.pgconn.pipeline_status == _NO_PIPELINE and raw.pgconn.transaction_status != _ACTIVE)
 
     def chunks(self, raw: Any, sql: str, size: int, bound: Sequence[Any] = ()) -> Generator[list[Any], None, None]:
         with raw.cursor(name="swarmdb_chunks") as cursor:
@@ -322,7 +328,8 @@ def _as_it_is(cursor: Any) -> Callable[[Sequence[Any]], Any]:
 
 
 # As libpq and psycopg.IsolationLevel number them: importing psycopg is the dialect's business.
-_IDLE = 0
+_IDLE, _ACTIVE = 0, 1
+_NO_PIPELINE = 0
 _TIMESTAMPTZ = 1184  # Its number in pg_type, the same on every server.
 _READ_COMMITTED, _REPEATABLE_READ, _SERIALIZABLE = 2, 3, 4
 

@@ -27,7 +27,18 @@ from moai_flow.memory.patience import PatientConnection, interruption
 class Held:
     """An open connection: SQLAlchemy's, and the driver's underneath it."""
 
-    __slots__ = ("__weakref__", "backend", "connection", "given_back", "is_left", "is_pinned", "permit", "raw", "usual")
+    __slots__ = (
+        "__weakref__",
+        "backend",
+        "connection",
+        "given_back",
+        "is_in_batch",
+        "is_left",
+        "is_pinned",
+        "permit",
+        "raw",
+        "usual",
+    )
 
     def __init__(self, connection: Connection, backend: Backend) -> None:
         self.connection = connection
@@ -38,16 +49,31 @@ class Held:
         self.permit: Permit | None = None
         self.is_pinned = False
         self.is_left = False
+        self.is_in_batch = False
 
     @property
     def is_open(self) -> bool:
-        """Whether it still is: somebody who was handed the driver's connection may have closed it."""
-        return self.backend.is_open(self.raw)
+        """Whether it can be used: who was handed the driver's may have closed it, or a batch not have ended."""
+        return not self.is_in_batch and self.backend.is_open(self.raw)
 
     @property
     def in_transaction(self) -> bool:
-        """Whether a transaction is open on it."""
-        return self.backend.in_transaction(self.raw)
+        """Whether a transaction is open on it, that can be gone on with."""
+        return not self.is_in_batch and self.backend.in_transaction(self.raw)
+
+    def batch_begins(self) -> None:
+        """Note that a batch is sent: interrupted in it, the connection is not used any more."""
+        self.is_in_batch = self.backend.sends_ahead
+
+    def batch_ends(self) -> None:
+        """Note that a batch has been done, or failed, if every answer to it has come."""
+        self.is_in_batch = False
+        self.look_for_batch()
+
+    def look_for_batch(self) -> None:
+        """Note a batch that did not end: who was handed the driver's connection may have been interrupted in one."""
+        if not self.backend.is_in_step(self.raw):
+            self.is_in_batch = True
 
     def release(self) -> None:
         """Let another connection be opened beside this one, where their number is limited."""

@@ -18,7 +18,7 @@ from sqlmodel import Session
 from moai_flow.memory.backends import Backend, translating
 from moai_flow.memory.connections import Connections, Held, is_interrupted
 from moai_flow.memory.engine import Location
-from moai_flow.memory.errors import BusyError, StorageError, TransactionError
+from moai_flow.memory.errors import BusyError, StorageError, SwarmDBError, TransactionError
 from moai_flow.memory.models import Record, table_of
 from moai_flow.memory.statements import Bound, Insert, Program, Programs, Query, Row, RowDecoder, Statement
 
@@ -175,6 +175,8 @@ class Block:
                 return
             if self.has_ended:  # It was left before, and its connection may be another's by now.
                 raise TransactionError("a block is left once, and this one was left before")
+            if self.outer is None:
+                self.held.look_for_batch()
             try:
                 if keep:
                     with translating(self._connections.where):
@@ -242,6 +244,9 @@ class Block:
         """Undo what the block did; again, which does no harm, if it was interrupted."""
         self._close_session()
         if self.is_over:
+            return
+        if not self.held.is_open:
+            self._connections.discard(self.held)
             return
         with suppress(*self.held.backend.error, SQLAlchemyError, AssertionError):
             self._restore_writes()
@@ -539,7 +544,13 @@ class Scope:
     def _write_many(self, program: Program, bound: Iterable[Bound]) -> None:
         """Run *program* for each of *bound*, all or none."""
         with self._block(alone=False) as block:
-            block.added += program.execute_many(block.held.raw, bound).rowcount
+            block.held.batch_begins()
+            try:
+                block.added += program.execute_many(block.held.raw, bound).rowcount
+            except SwarmDBError:
+                block.held.batch_ends()
+                raise
+            block.held.batch_ends()
 
     # Blocks
 

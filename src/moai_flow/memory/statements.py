@@ -220,13 +220,7 @@ class Program:
         logger.debug("%s (many)", self.sql)
         with translating(self._where):  # Interrupted, psycopg may fail at leaving its pipeline.
             cursor = self.backend.cursor(raw)
-            try:
-                cursor.executemany(self.sql, bound)
-            except self.backend.error:
-                raise
-            except BaseException:
-                self.backend.abandon(raw)
-                raise
+            cursor.executemany(self.sql, bound)
         return cursor
 
 
