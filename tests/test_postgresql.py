@@ -773,8 +773,9 @@ def test_an_interrupt_of_a_batch_ends_its_connection_and_the_block_though_it_is_
     assert store.list_agents() == []
 
 
+@pytest.mark.parametrize("table", ["agent_events", "task_metrics"])
 def test_a_second_interrupt_of_a_batch_leaves_no_connection_that_gives_the_answers_to_it(
-    postgres_url: str, store: SwarmDB
+    postgres_url: str, store: SwarmDB, table: str
 ) -> None:
     def interrupt_again(frame: FrameType, kind: str, argument: object) -> None:
         if kind == "call" and "moai_flow" in frame.f_code.co_filename:  # Whatever would look after the first one.
@@ -785,13 +786,18 @@ def test_a_second_interrupt_of_a_batch_leaves_no_connection_that_gives_the_answe
         raise KeyboardInterrupt
 
     with SwarmDB(url=postgres_url) as other, other.transaction() as conn:
-        conn.execute("LOCK agent_events")
+        conn.execute(f"LOCK {table}")
         with pytest.raises(TransactionError, match="ended inside"), store.transaction():
             store.register_agent("a", "t")
             try:
                 with interrupted_as_it_waits(postgres_url, KeyboardInterrupt):
                     signal.signal(signal.SIGUSR1, interrupt)
-                    store.insert_events([EVENT] * 3)
+                    if table == "agent_events":
+                        store.insert_events([EVENT] * 3)
+                    else:
+                        store.store_task_metrics(
+                            [{"task_id": "t", "agent_id": "a", "duration_ms": 1, "result": "success"}] * 3
+                        )
             finally:
                 sys.setprofile(None)
     store.register_agent("b", "t")

@@ -161,6 +161,17 @@ class Block:
         self._session, self.sessions = session, (*self.sessions, session)
         return session
 
+    def execute_many(self, program: Program, bound: Iterable[Bound]) -> int:
+        """Run *program* once for each of *bound*, and return how many rows that wrote. An interrupt ends the block."""
+        self.held.batch_begins()
+        try:
+            written: int = program.execute_many(self.held.raw, bound).rowcount
+        except SwarmDBError:
+            self.held.batch_ends()
+            raise
+        self.held.batch_ends()
+        return written
+
     def leave(self, *, keep: bool) -> None:
         """End the block: keep what it did, which the outermost commits, or undo it.
 
@@ -544,13 +555,7 @@ class Scope:
     def _write_many(self, program: Program, bound: Iterable[Bound]) -> None:
         """Run *program* for each of *bound*, all or none."""
         with self._block(alone=False) as block:
-            block.held.batch_begins()
-            try:
-                block.added += program.execute_many(block.held.raw, bound).rowcount
-            except SwarmDBError:
-                block.held.batch_ends()
-                raise
-            block.held.batch_ends()
+            block.added += block.execute_many(program, bound)
 
     # Blocks
 

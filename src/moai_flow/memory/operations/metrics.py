@@ -166,7 +166,7 @@ class MetricOperations(Scope):
                 in_order = [row for _, row in sorted(zip(keys, bound, strict=True), key=itemgetter(0))]
             try:
                 with self._block(alone=False) as block:
-                    if program.execute_many(block.held.raw, in_order).rowcount < len(in_order) > 0:
+                    if block.execute_many(program, in_order) < len(in_order) > 0:
                         raise _TakenError
                     block.added += len(in_order)
             except _TakenError:  # Which is rare: only now is it worth a look, by which.
