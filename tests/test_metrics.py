@@ -370,6 +370,20 @@ TIMES: list[Any] = [
     datetime(2025, 11, 30),  # noqa: DTZ001 (local time)
     7,
 ]
+ODD_TASKS: dict[str, list[Any]] = {
+    "task_id": ODD,
+    "agent_id": ODD,
+    "result": WORDS,
+    "duration_ms": ODD_NUMBERS,
+    "tokens_used": ODD_NUMBERS,
+    "files_changed": ODD_NUMBERS,
+    "timestamp": TIMES,
+}
+ODD_FIGURES: dict[str, list[Any]] = {
+    "value": ODD_NUMBERS,
+    "metadata": [None, {}, {"k": [1]}, {"k": {1}}, {1: 2}, [], "k", 0],
+    "timestamp": TIMES,
+}
 
 
 def with_one_odd(plain: dict[str, Any], odd: dict[str, list[Any]]) -> st.SearchStrategy[dict[str, Any]]:
@@ -377,27 +391,10 @@ def with_one_odd(plain: dict[str, Any], odd: dict[str, list[Any]]) -> st.SearchS
     return st.sampled_from([{}, {}, *changes]).map(lambda change: {**plain, **change})
 
 
-TASKS = with_one_odd(
-    {"task_id": "t", "agent_id": "a", "result": "success"},
-    {
-        "task_id": ODD,
-        "agent_id": ODD,
-        "result": WORDS,
-        "duration_ms": ODD_NUMBERS,
-        "tokens_used": ODD_NUMBERS,
-        "files_changed": ODD_NUMBERS,
-        "timestamp": TIMES,
-    },
-)
+TASKS = with_one_odd({"task_id": "t", "agent_id": "a", "result": "success"}, ODD_TASKS)
 FIGURES = with_one_odd(
     {"agent_id": "a", "metric_type": "duration", "value": 1},
-    {
-        "agent_id": ODD,
-        "metric_type": [AgentMetricType.THROUGHPUT, Word("duration"), "lost", None, {}],
-        "value": ODD_NUMBERS,
-        "metadata": [None, {}, {"k": [1]}, {"k": {1}}, {1: 2}, [], "k"],
-        "timestamp": TIMES,
-    },
+    {**ODD_FIGURES, "agent_id": ODD, "metric_type": [AgentMetricType.THROUGHPUT, Word("duration"), "lost", None, {}]},
 )
 
 
@@ -431,22 +428,6 @@ def test_a_batch_takes_and_refuses_what_single_calls_do(tasks: list[Any], figure
         assert at_once(many.store_agent_metrics, figures) == refused
         if refused is None:
             assert many.get_agent_metrics() == one.get_agent_metrics()
-
-
-ODD_TASKS: dict[str, list[Any]] = {
-    "task_id": ODD,
-    "agent_id": ODD,
-    "result": WORDS,
-    "duration_ms": ODD_NUMBERS,
-    "tokens_used": ODD_NUMBERS,
-    "files_changed": ODD_NUMBERS,
-    "timestamp": TIMES,
-}
-ODD_FIGURES: dict[str, list[Any]] = {
-    "value": ODD_NUMBERS,
-    "metadata": [None, {}, {"k": [1]}, {"k": {1}}, {1: 2}, [], "k", 0],
-    "timestamp": TIMES,
-}
 
 
 @pytest.mark.parametrize(

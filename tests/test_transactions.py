@@ -95,6 +95,16 @@ def test_any_exception_rolls_back(db: SwarmDB, error: type[BaseException]) -> No
     assert agents(db) == {"b"}
 
 
+def interrupt_at(function: str) -> Callable[[FrameType, str, object], None]:
+    """Return a profile function that interrupts a function of this name before its first line."""
+
+    def interrupt(frame: FrameType, kind: str, argument: object) -> None:
+        if kind == "call" and function in (frame.f_code.co_name, frame.f_code.co_qualname):
+            raise KeyboardInterrupt  # Python then takes the profile function away.
+
+    return interrupt
+
+
 def test_a_block_that_nobody_can_end_any_more_is_undone_at_once(db: SwarmDB) -> None:
     opening = db.transaction()
     opening.__enter__()
@@ -122,16 +132,12 @@ def test_an_inner_block_that_nobody_can_end_any_more_is_not_kept_by_the_outer(db
 def test_an_inner_block_that_nobody_can_end_is_not_kept_though_its_own_undoing_was_interrupted(
     db: SwarmDB, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def interrupt(frame: FrameType, kind: str, argument: object) -> None:
-        if kind == "call" and frame.f_code.co_name == "_abandon_at_last":
-            raise KeyboardInterrupt  # Python then takes the profile function away.
-
     monkeypatch.setattr(sys, "unraisablehook", lambda _: None)
     with pytest.raises(TransactionError, match="ended inside"), db.transaction():
         inner = db.transaction()
         inner.__enter__()
         db.register_agent("a", "t")
-        sys.setprofile(interrupt)
+        sys.setprofile(interrupt_at("_abandon_at_last"))
         try:
             del inner
         finally:
@@ -253,15 +259,11 @@ def test_a_connection_on_which_an_interrupt_came_is_not_used_again(file_db: Swar
 def test_an_interrupt_at_any_step_of_the_end_of_a_block_leaves_no_connection_that_is_closed(
     db: SwarmDB, step: str
 ) -> None:
-    def interrupt(frame: FrameType, kind: str, argument: object) -> None:
-        if kind == "call" and frame.f_code.co_name == step:
-            raise KeyboardInterrupt  # Python then takes the profile function away.
-
     db.register_agent("a", "t")
     try:
         with pytest.raises(KeyboardInterrupt), db.transaction():
             db.register_agent("b", "t")
-            sys.setprofile(interrupt)
+            sys.setprofile(interrupt_at(step))
     finally:
         sys.setprofile(None)
     connections = db._connections
@@ -292,13 +294,9 @@ def _stacked(block: AbstractContextManager[object], work: Callable[[], object]) 
 def test_a_block_that_an_interrupt_kept_from_being_ended_takes_no_more_writes(
     db: SwarmDB, step: str, use: Callable[[Any, Any], None], *, is_named: bool
 ) -> None:
-    def interrupt(frame: FrameType, kind: str, argument: object) -> None:
-        if kind == "call" and frame.f_code.co_qualname == step:  # Before its first line.
-            raise KeyboardInterrupt  # Python then takes the profile function away.
-
     def work() -> None:
         db.register_agent("a", "t")
-        sys.setprofile(interrupt)
+        sys.setprofile(interrupt_at(step))
 
     names = []
     gc.disable()  # An exception that went through an `ExitStack` waits for it.
@@ -344,17 +342,13 @@ def test_a_named_block_that_two_interrupts_kept_from_beginning_and_ending_takes_
 def test_an_interrupt_at_the_abandoning_of_a_block_does_not_keep_its_lock(
     file_db: SwarmDB, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def interrupt(frame: FrameType, kind: str, argument: object) -> None:
-        if kind == "call" and frame.f_code.co_name == "discard":
-            raise KeyboardInterrupt  # Python then takes the profile function away.
-
     lost: list[object] = []
     monkeypatch.setattr(sys, "unraisablehook", lambda unraisable: lost.append(unraisable.exc_type))
     monkeypatch.setattr(Block, "leave", interrupted)
     try:
         with pytest.raises(KeyboardInterrupt), file_db.transaction():
             file_db.register_agent("a", "t")
-            sys.setprofile(interrupt)
+            sys.setprofile(interrupt_at("discard"))
     finally:
         sys.setprofile(None)
     assert lost == [KeyboardInterrupt]
@@ -363,15 +357,11 @@ def test_an_interrupt_at_the_abandoning_of_a_block_does_not_keep_its_lock(
 
 
 def test_a_connection_of_a_single_call_on_which_an_interrupt_came_is_not_used_again(file_db: SwarmDB) -> None:
-    def interrupt(frame: FrameType, kind: str, argument: object) -> None:
-        if kind == "call" and frame.f_code.co_name == "fetch":
-            raise KeyboardInterrupt  # Python then takes the profile function away.
-
     file_db.register_agent("a", "t")
     held = file_db._connections._idle[-1]
     try:
         with pytest.raises(KeyboardInterrupt):
-            sys.setprofile(interrupt)
+            sys.setprofile(interrupt_at("fetch"))
             file_db.list_agents()
     finally:
         sys.setprofile(None)
@@ -381,12 +371,8 @@ def test_a_connection_of_a_single_call_on_which_an_interrupt_came_is_not_used_ag
 
 @pytest.mark.parametrize("step", ["_new_block", "take", "abandon_with", "begin", "lend"])
 def test_an_interrupt_at_any_step_of_the_beginning_of_a_block_comes_out_as_itself(db: SwarmDB, step: str) -> None:
-    def interrupt(frame: FrameType, kind: str, argument: object) -> None:
-        if kind == "call" and frame.f_code.co_name == step:
-            raise KeyboardInterrupt  # Python then takes the profile function away.
-
     db.register_agent("a", "t")
-    sys.setprofile(interrupt)
+    sys.setprofile(interrupt_at(step))
     try:
         with pytest.raises(KeyboardInterrupt), db.transaction():
             pass
